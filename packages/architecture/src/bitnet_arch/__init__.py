@@ -1,0 +1,47 @@
+"""1.58-bit language models: ternary layers, conversion, checkpoints, packing and proven GGUF export.
+
+Importing this package reads no network and initialises no accelerator.
+"""
+
+from bitnet_arch.bitlinear import BitLinear, bitlinear_layers, get_lambda, lambda_schedule, set_lambda
+from bitnet_arch.checkpoint import WeightReader, load_model, load_tokenizer, open_weights, save_master, save_packed
+from bitnet_arch.convert import ConversionConfig, convert_model
+from bitnet_arch.errors import UserError
+from bitnet_arch.packed import PackedBitLinear, pack_model
+from bitnet_arch.pretrained import Pretrained, load_float_model, resolve_pretrained
+from bitnet_arch.quant import (
+    absmean_scale,
+    fake_quant_activation,
+    fake_quant_weight,
+    quantize_activation,
+    quantize_weight,
+    ternary_codes,
+)
+
+__all__ = [
+    "BitLinear",
+    "ConversionConfig",
+    "PackedBitLinear",
+    "Pretrained",
+    "UserError",
+    "WeightReader",
+    "absmean_scale",
+    "bitlinear_layers",
+    "convert_model",
+    "fake_quant_activation",
+    "fake_quant_weight",
+    "get_lambda",
+    "lambda_schedule",
+    "load_float_model",
+    "load_model",
+    "load_tokenizer",
+    "open_weights",
+    "pack_model",
+    "quantize_activation",
+    "quantize_weight",
+    "resolve_pretrained",
+    "save_master",
+    "save_packed",
+    "set_lambda",
+    "ternary_codes",
+]

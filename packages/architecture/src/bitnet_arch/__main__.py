@@ -1,0 +1,124 @@
+"""Command line of the library: `python -m bitnet_arch convert|info`."""
+
+import argparse
+import json
+import pydoc_data.topics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitnet_arch.checkpoint import load_tokenizer, open_weights, save_master, save_packed
+from bitnet_arch.convert import ConversionConfig, check_family, convert_model
+from bitnet_arch.errors import UserError
+from bitnet_arch.pretrained import load_float_model, resolve_pretrained
+
+CALIBRATION_ROWS, CALIBRATION_LENGTH = 4, 512
+
+EXAMPLES = """examples:
+  python -m bitnet_arch convert HuggingFaceTB/SmolLM2-135M-Instruct --out smollm2-ternary
+  python -m bitnet_arch convert ./my-llama --out my-ternary --calibration sample.txt
+  python -m bitnet_arch convert ./my-llama --out my-packed --packed
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code (0 done, 1 failed, 2 the user's mistake, 75 interrupted)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written; run the command again", file=sys.stderr)
+        return 75
+    return 0
+
+
+def calibration_rows(tokenizer: object, text: str) -> list[Tensor]:
+    """Cut a text into calibration rows, int64 `[1, 512]` each, at most four.
+
+    Raises:
+        UserError: if the text has fewer than 16 tokens.
+    """
+    ids = torch.tensor(tokenizer(text).input_ids[: CALIBRATION_ROWS * CALIBRATION_LENGTH], dtype=torch.int64)  # type: ignore[operator]
+    if len(ids) < 16:
+        raise UserError(f"the calibration text has only {len(ids)} tokens: give a longer one")
+    return list(ids[None].split(CALIBRATION_LENGTH, dim=1))
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    source = resolve_pretrained(arguments.source)
+    print(f"source: {source.note}", file=sys.stderr)
+    with open_weights(source.path) as reader:
+        if reader.form != "float":
+            raise UserError(f"{source.path} is ternary already ({reader.form}): there is nothing to convert")
+    config = ConversionConfig(norm=arguments.norm, gain=arguments.gain, softness=arguments.softness)
+    model = load_float_model(source)
+    check_family(model.config)
+    tokenizer = load_tokenizer(source.path)
+    rows = None
+    if config.norm == "subln" and config.gain == "calibrated":
+        rows = calibration_rows(tokenizer, _calibration_text(arguments.calibration))
+    converted = convert_model(model, config, rows)
+    save = save_packed if arguments.packed else save_master
+    save(converted, arguments.out, tokenizer)
+    result = {"out": str(arguments.out), "form": "packed" if arguments.packed else "master", "source": source.note}
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        print(f"wrote {result['form']} model to {arguments.out}")
+        print("A converted model must be trained before it is useful.")
+
+
+def _calibration_text(path: Path | None) -> str:
+    if path is None:
+        return "\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the calibration text {path} cannot be read ({error})") from None
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    with open_weights(arguments.directory) as reader:
+        result = {
+            "model_type": reader.config["model_type"],
+            "form": reader.form,
+            "scale_convention": reader.linear_class if reader.form == "packed" else None,
+            "tensors": len(reader.keys()),
+            "bytes": sum(f.stat().st_size for f in Path(arguments.directory).glob("*.safetensors")),
+        }
+    print(json.dumps(result) if arguments.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bitnet_arch", description="Convert and inspect model directories.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    convert = commands.add_parser(
+        "convert",
+        help="turn a Hugging Face model into a 1.58-bit model directory",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument("source", help="a model directory or a hub id")
+    convert.add_argument("--out", type=Path, required=True, help="the directory to write")
+    convert.add_argument("--norm", choices=["subln", "none"], default="subln", help="where norms are inserted")
+    convert.add_argument("--gain", choices=["calibrated", "one"], default="calibrated", help="initial norm gain")
+    convert.add_argument("--softness", type=float, default=0.1, help="0 inserts plain norms; larger is nearer to none")
+    convert.add_argument("--calibration", type=Path, help="a text file (default: Python's own documentation)")
+    convert.add_argument("--packed", action="store_true", help="write 2-bit weights instead of float masters")
+    convert.add_argument("--json", action="store_true", help="print the result as JSON")
+    convert.set_defaults(run=_convert)
+    info = commands.add_parser("info", help="say what a model directory holds")
+    info.add_argument("directory", type=Path)
+    info.add_argument("--json", action="store_true", help="print as JSON")
+    info.set_defaults(run=_info)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

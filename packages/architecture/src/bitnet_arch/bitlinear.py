@@ -1,0 +1,136 @@
+"""`BitLinear`: a linear layer that is ternary in its forward pass and float in its parameters.
+
+The quantisation strength lambda is a buffer of each layer: it travels with the model through `state_dict`, `deepcopy`,
+DDP and checkpoints, and no process-wide switch exists.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitnet_arch.errors import UserError
+from bitnet_arch.quant import fake_quant_activation, fake_quant_weight
+
+LAMBDA_KEY = "quant_lambda"
+"""Name of the strength buffer in a layer's state dict; model directories never contain it."""
+
+
+class BitLinear(nn.Linear):
+    """Linear layer with ternary weights and 8-bit activations, quantised on the fly.
+
+    Computes `F.linear(x + λ·(Qa(x) - x), W + λ·(Qw(W) - W), bias)`: Qw is the absmean ternary quantiser over the whole
+    matrix, Qa the per-token absmax int8 quantiser, and both differences are constants to the gradient (straight-through).
+    λ = 1 is BitNet b1.58, λ = 0 is `nn.Linear`; values between are the warm-up of HF1BitLLM.
+
+    Attributes:
+        weight: float master weight `[out_features, in_features]`.
+        quant_lambda: 0-dim float32 buffer, the quantisation strength; set it with `set_lambda`.
+    """  # noqa: E501
+
+    quant_lambda: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.register_buffer(LAMBDA_KEY, torch.ones((), device=device))
+        self._strength = 1.0
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> "BitLinear":
+        """Wrap an `nn.Linear`: the parameters are shared, not copied."""
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        layer.weight = linear.weight
+        layer.bias = linear.bias
+        layer.quant_lambda = torch.ones((), device=linear.weight.device)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., in_features]` to `[..., out_features]` in x's dtype."""
+        if self._strength == 0.0:
+            return F.linear(x, self.weight, self.bias)
+        xq, wq = fake_quant_activation(x), fake_quant_weight(self.weight)
+        if self._strength != 1.0:
+            xq, wq = torch.lerp(x, xq, self._strength), torch.lerp(self.weight, wq, self._strength)
+        return F.linear(xq, wq, self.bias)
+
+    def set_strength(self, value: float) -> None:
+        """Set λ to a value in [0, 1]."""
+        self.quant_lambda.fill_(value)
+        self._strength = float(value)
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        if not self.quant_lambda.is_meta:
+            # The forward branches on a Python float: reading the buffer there would synchronise a GPU in every layer.
+            self._strength = float(self.quant_lambda)
+
+
+def bitlinear_layers(model: nn.Module) -> Iterator[tuple[str, BitLinear]]:
+    """Yield `(name, layer)` of every `BitLinear` in `model`."""
+    for name, module in model.named_modules():
+        if isinstance(module, BitLinear):
+            yield name, module
+
+
+def set_lambda(model: nn.Module, value: float) -> None:
+    """Set the quantisation strength of every `BitLinear` in `model`.
+
+    Raises:
+        UserError: if `value` is not in [0, 1].
+    """
+    if not 0.0 <= value <= 1.0:
+        raise UserError(f"lambda must lie in [0, 1], not {value}")
+    for _, layer in bitlinear_layers(model):
+        layer.set_strength(value)
+
+
+def get_lambda(model: nn.Module) -> float:
+    """Return the smallest quantisation strength among the model's `BitLinear` layers (1.0 if it has none)."""
+    return min((float(layer.quant_lambda) for _, layer in bitlinear_layers(model)), default=1.0)
+
+
+def _sigmoid(progress: float) -> float:
+    steepness = 10.0
+    low, high = _logistic(-0.5 * steepness), _logistic(0.5 * steepness)
+    return (_logistic(steepness * (progress - 0.5)) - low) / (high - low)
+
+
+def _logistic(z: float) -> float:
+    return 1.0 / (1.0 + math.exp(-z))
+
+
+LAMBDA_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: progress,
+    "cosine": lambda progress: 0.5 * (1.0 - math.cos(math.pi * progress)),
+    "sigmoid": _sigmoid,
+}
+"""Maps warm-up progress in [0, 1] to λ. The sigmoid is rescaled to start at 0 and end at 1 exactly, and is less steep
+(k = 10) than HF1BitLLM's (k = 100), which is a step in all but name."""
+
+
+def lambda_schedule(kind: str, step: int, warmup_steps: int) -> float:
+    """Return λ at `step` of a warm-up that ends after `warmup_steps` steps.
+
+    Args:
+        kind: "constant" (always 1), "linear", "cosine" or "sigmoid".
+        step: optimiser steps taken so far.
+        warmup_steps: length of the warm-up; 0 means λ = 1 from the start.
+
+    Raises:
+        UserError: for an unknown kind.
+    """
+    if kind not in LAMBDA_SCHEDULES:
+        raise UserError(f"unknown lambda schedule {kind!r}: choose one of {', '.join(LAMBDA_SCHEDULES)}")
+    if warmup_steps <= 0 or step >= warmup_steps:
+        return 1.0
+    return LAMBDA_SCHEDULES[kind](max(step, 0) / warmup_steps)

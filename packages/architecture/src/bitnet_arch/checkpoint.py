@@ -1,0 +1,410 @@
+"""Model directories: master and packed, safetensors only, in the forms that stock `transformers` reads.
+
+Stock packed checkpoints store a layer's scale in two opposite conventions under one name, `weight_scale`:
+`linear_class: bitlinear` divides by it (it holds 1/β), `linear_class: autobitlinear` multiplies by it (it holds β).
+Everything in this library multiplies; the inverse exists only in this file, as `stored_scale` and `dequantizing_scale`.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.configuration_utils import PreTrainedConfig
+
+from bitnet_arch.bitlinear import LAMBDA_KEY, BitLinear, get_lambda
+from bitnet_arch.convert import is_quantized_linear, replace_linears
+from bitnet_arch.errors import UserError
+from bitnet_arch.packed import PackedBitLinear
+from bitnet_arch.packing import pack_codes, unpack_codes
+from bitnet_arch.quant import quantize_weight
+
+LinearClass = Literal["bitlinear", "autobitlinear"]
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def stored_scale(scale: Tensor, linear_class: LinearClass) -> Tensor:
+    """Return what `weight_scale` must hold for a layer whose codes are multiplied by `scale` (float32 `[1]`)."""
+    return (scale.reciprocal() if linear_class == "bitlinear" else scale).reshape(1).float()
+
+
+def dequantizing_scale(weight_scale: Tensor, linear_class: LinearClass) -> Tensor:
+    """Return the float32 0-dim multiplier that a stored `weight_scale` stands for."""
+    value = weight_scale.float().reshape(())
+    return value.reciprocal() if linear_class == "bitlinear" else value
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+class WeightReader:
+    """Reads a model directory tensor by tensor, whatever its form.
+
+    Use as a context manager or let it be collected; files are memory-mapped and opened once.
+
+    Attributes:
+        config: the parsed `config.json`.
+        form: "master" (float, quantised on the fly), "packed" (2 bits) or "float" (no quantisation configured).
+        linear_class: the scale convention of a packed directory.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self.config = read_config(self.directory)
+        quantization = self.config.get("quantization_config") or {}
+        if quantization and quantization.get("quant_method") != "bitnet":
+            raise UserError(
+                f"{self.directory} is quantised by {quantization.get('quant_method')!r}: only bitnet and float models can be read"  # noqa: E501
+            )
+        self.linear_class: LinearClass = quantization.get("linear_class", "bitlinear")
+        if self.linear_class not in get_args(LinearClass):
+            raise UserError(f"{self.directory}/config.json names an unknown linear_class {self.linear_class!r}")
+        mode = quantization.get("quantization_mode", "offline")
+        self.form = "float" if not quantization else "master" if mode == "online" else "packed"
+        self._handles: dict[str, Any] = {}
+        self._file_of = self._locate()
+
+    def __enter__(self) -> "WeightReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._handles.clear()
+
+    def keys(self) -> list[str]:
+        """Return the names of all stored tensors."""
+        return list(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def get(self, name: str) -> Tensor:
+        """Return one stored tensor as it is.
+
+        Raises:
+            UserError: if the directory has no such tensor.
+        """
+        if name not in self._file_of:
+            raise UserError(
+                f"{self.directory} has no tensor {name!r}: the checkpoint is incomplete or of another family"
+            )
+        tensor: Tensor = self._open(self._file_of[name]).get_tensor(name)
+        return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the stored shape of a tensor without reading it (a packed weight has a quarter of its rows)."""
+        return tuple(self._open(self._file_of[name]).get_slice(name).get_shape())
+
+    def ternary(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return `(codes, scale)` of a quantised matrix, from packed bytes or by absmean from a float master.
+
+        Args:
+            name: a weight's name, such as `model.layers.0.self_attn.q_proj.weight`.
+
+        Returns:
+            int8 codes `[out, in]` and the 0-dim float32 scale that multiplies them.
+        """
+        weight = self.get(name)
+        if weight.dtype == torch.uint8:
+            scale = self.get(name.removesuffix("weight") + "weight_scale")
+            return unpack_codes(weight), dequantizing_scale(scale, self.linear_class)
+        return quantize_weight(weight)
+
+    def _locate(self) -> dict[str, str]:
+        index = self.directory / INDEX_FILE
+        if index.is_file():  # noqa: SIM108
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            files = [WEIGHTS_FILE]
+        # The files themselves say what they hold: an index can be stale.
+        return {key: file for file in files for key in self._open(file).keys()}  # noqa: SIM118
+
+    def _open(self, file: str) -> Any:
+        if file not in self._handles:
+            path = self.directory / file
+            if Path(file).name != file or not path.is_file():
+                raise UserError(f"{path} is missing: download or save the model again")
+            try:
+                self._handles[file] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is truncated or damaged ({error}): download or save the model again") from None
+        return self._handles[file]
+
+
+def open_weights(directory: Path | str) -> WeightReader:
+    """Open a model directory for reading tensor by tensor."""
+    return WeightReader(directory)
+
+
+def read_config(directory: Path | str) -> dict[str, Any]:
+    """Return a directory's parsed `config.json`.
+
+    Raises:
+        UserError: if it is missing or not a JSON object with a `model_type`.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{directory} is not a model directory: it has no config.json")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(f"{path} names no model_type")
+    return config
+
+
+def load_config(directory: Path | str) -> PreTrainedConfig:
+    """Return a directory's configuration object without its quantisation block, which our own layers stand for.
+
+    Raises:
+        UserError: if the family is unknown to `transformers`.
+    """
+    raw = read_config(directory)
+    raw.pop("quantization_config", None)
+    try:
+        return AutoConfig.for_model(raw.pop("model_type"), **raw)
+    except Exception as error:  # transformers validates configurations with several exception types of its own
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{directory}/config.json describes no model that transformers knows: {first_line}") from None
+
+
+def load_model(directory: Path | str, dtype: torch.dtype = torch.float32, quantized: bool = True) -> PreTrainedModel:
+    """Load a model directory in evaluation mode, with this library's layers.
+
+    Args:
+        directory: master, packed or float model directory.
+        dtype: of float parameters.
+        quantized: False gives plain `nn.Linear` layers with the float weights (master and float directories).
+
+    Returns:
+        The model with `BitLinear` layers (master), `PackedBitLinear` layers (packed) or plain ones (float).
+
+    Raises:
+        UserError: for a missing, damaged, incomplete or unknown checkpoint.
+    """
+    with open_weights(directory) as reader:
+        config = load_config(directory)
+        config.dtype = dtype
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        if reader.form == "packed" and not quantized:
+            raise UserError(f"{directory} is packed and has no float weights: load the master form instead")
+        if reader.form == "master" and quantized:
+            replace_linears(model)
+        _fill(model, reader, dtype)
+    if (Path(directory) / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model.eval()
+
+
+def _fill(model: PreTrainedModel, reader: WeightReader, dtype: torch.dtype) -> None:
+    """Replace the meta tensors of `model` by the directory's, strictly."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in list(model.named_parameters()):
+        module_name = name.removesuffix(".weight")
+        if reader.form == "packed" and is_quantized_linear(module_name) and name.endswith(".weight"):
+            bias = f"{module_name}.bias"
+            layer = PackedBitLinear(*reader.ternary(name), reader.get(bias).to(dtype) if bias in reader else None)
+            model.set_submodule(module_name, layer)
+            continue
+        if reader.form == "packed" and is_quantized_linear(name.removesuffix(".bias")):
+            continue
+        tensor = reader.get(name)
+        if tensor.shape != parameter.shape:
+            raise UserError(
+                f"{reader.directory}: tensor {name!r} is {list(tensor.shape)}, but config.json asks for {list(parameter.shape)}"  # noqa: E501
+            )
+        state[name] = tensor.to(dtype)
+    for name, module in model.named_modules():
+        if isinstance(module, BitLinear):
+            state[f"{name}.{LAMBDA_KEY}"] = torch.ones(())
+    missing = model.load_state_dict(state, strict=False, assign=True)
+    assert not missing.unexpected_keys
+    model.tie_weights()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    # Rotary frequencies are computed, not stored; a model built on the meta device has none.
+    rotary = model.get_submodule("model").rotary_emb
+    model.get_submodule("model").rotary_emb = type(rotary)(config=model.config)
+    left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    if left:
+        raise UserError(f"{reader.directory} leaves {len(left)} tensors without values, the first {left[0]!r}")
+
+
+def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a model directory.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if not (Path(directory) / "tokenizer.json").is_file():
+        raise UserError(f"{directory} has no tokenizer.json: save the tokenizer beside the model")
+    # By class and not by AutoTokenizer: a directory's own words must not choose code.
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(str(directory))
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def save_master(
+    model: PreTrainedModel, directory: Path | str, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Write float master weights with a configuration that makes stock `transformers` quantise them on the fly.
+
+    A model without `BitLinear` layers is written as the plain float model it is.
+
+    Raises:
+        UserError: if λ is not 1, which no stock format can express, or the disk is full.
+    """
+    state = {name: t for name, t in _own_tensors(model) if not name.endswith(f".{LAMBDA_KEY}")}
+    quantized = any(isinstance(m, BitLinear) for m in model.modules())
+    _write(model, directory, tokenizer, state, quantization_block("autobitlinear", "online") if quantized else None)
+
+
+def save_packed(
+    model: PreTrainedModel,
+    directory: Path | str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    linear_class: LinearClass = "bitlinear",
+) -> None:
+    """Write 2-bit weights.
+
+    Args:
+        model: with `BitLinear` or `PackedBitLinear` layers.
+        directory: where to write.
+        tokenizer: written beside the model if given.
+        linear_class: the scale convention: "bitlinear" stores 1/β (what stock `BitLinear` divides by), "autobitlinear"
+            stores β (what stock `AutoBitLinear` multiplies by).
+
+    Raises:
+        UserError: if λ is not 1, a layer has rows not divisible by 4, nothing is quantised, or the disk is full.
+    """
+    if linear_class not in get_args(LinearClass):
+        raise UserError(f"unknown scale convention {linear_class!r}: choose {' or '.join(get_args(LinearClass))}")
+    state = dict(_own_tensors(model))
+    found = False
+    for name, module in model.named_modules():
+        if isinstance(module, BitLinear):
+            codes, scale = quantize_weight(module.weight.detach())
+            del state[f"{name}.{LAMBDA_KEY}"]
+            try:
+                state[f"{name}.weight"] = pack_codes(codes)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+        elif isinstance(module, PackedBitLinear):
+            scale = module.weight_scale
+        else:
+            continue
+        found = True
+        state[f"{name}.weight_scale"] = stored_scale(scale, linear_class)
+    if not found:
+        raise UserError("the model has no ternary layers to pack: convert it first")
+    _write(model, directory, tokenizer, state, quantization_block(linear_class, "offline"))
+
+
+def quantization_block(linear_class: LinearClass, mode: Literal["online", "offline"]) -> dict[str, Any]:
+    """Return the `quantization_config` that stock `transformers` understands."""
+    return {
+        "quant_method": "bitnet",
+        "linear_class": linear_class,
+        "quantization_mode": mode,
+        "use_rms_norm": False,
+        "rms_norm_eps": 1e-6,
+        "modules_to_not_convert": ["lm_head"],
+    }
+
+
+def _own_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            yield name, tensor.detach().cpu().contiguous()
+
+
+def _write(
+    model: PreTrainedModel,
+    directory: Path | str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    state: dict[str, Tensor],
+    quantization: dict[str, Any] | None,
+) -> None:
+    strength = get_lambda(model)
+    if strength != 1.0:
+        raise UserError(
+            f"the model's quantisation strength lambda is {strength:g}, and no model directory can express that: "
+            "train until lambda is 1 or call set_lambda(model, 1.0)"
+        )
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)
+    config["architectures"] = [type(model).__name__]
+    if quantization:
+        config["quantization_config"] = quantization
+
+    def fill(target: Path) -> None:
+        (target / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+        save_file(state, target / WEIGHTS_FILE, metadata={"format": "pt"})
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(str(target))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(target))
+
+    write_directory(directory, fill)
+
+
+def write_directory(directory: Path | str, fill: Callable[[Path], None]) -> None:
+    """Create or replace `directory` as a whole: `fill` writes into a sibling that takes the name when complete.
+
+    Raises:
+        UserError: if writing fails, for example on a full disk; what was there before is still there.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or _is_foreign(directory)):
+        raise UserError(f"{directory} exists and is not a model directory: choose another output")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    except OSError as error:
+        raise UserError(f"cannot write beside {directory}: {error.strerror}") from None
+    try:
+        fill(temporary)
+        for file in temporary.iterdir():
+            file.chmod(0o644)
+        temporary.chmod(0o755)
+        if directory.exists():
+            previous = temporary.with_name(temporary.name + ".previous")
+            os.replace(directory, previous)
+            os.replace(temporary, directory)
+            shutil.rmtree(previous)
+        else:
+            os.replace(temporary, directory)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"writing {directory} failed ({reason}): free some space or choose another output") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_foreign(directory: Path) -> bool:
+    """Whether a directory holds something that is not a model: it must not be replaced."""
+    return any(directory.iterdir()) and not (directory / "config.json").is_file()

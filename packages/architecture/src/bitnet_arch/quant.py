@@ -1,0 +1,88 @@
+"""BitNet b1.58 quantisers as pure functions.
+
+Formulas: "The Era of 1-bit LLMs: Training Tips, Code and FAQ" (Microsoft, 2024), figure 3. The order of operations is the
+one in `transformers.integrations.bitnet` (multiply by the reciprocal of the scale, then round half to even), so that codes
+agree with stock models bit for bit.
+
+Statistics are computed in float32 whatever the input's dtype.
+"""  # noqa: E501
+
+import torch
+from torch import Tensor
+
+EPS = 1e-5
+"""Lower clamp of both scales, as in the reference code."""
+
+ACTIVATION_LEVELS = 127
+"""Largest magnitude of a symmetric 8-bit code."""
+
+
+def absmean_scale(weight: Tensor) -> Tensor:
+    """Return the per-tensor scale beta = max(mean |W|, 1e-5).
+
+    Args:
+        weight: any shape, floating point.
+
+    Returns:
+        A 0-dim float32 tensor; it multiplies codes to dequantise.
+    """
+    return weight.float().abs().mean().clamp(min=EPS)
+
+
+def ternary_codes(weight: Tensor, scale: Tensor) -> Tensor:
+    """Return T = clip(round(W / scale), -1, 1) as int8, rounding half to even."""
+    return _ternary(weight, scale).to(torch.int8)
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise a weight matrix to ternary codes.
+
+    Args:
+        weight: any shape, floating point.
+
+    Returns:
+        `(codes, scale)`: int8 of the same shape in {-1, 0, 1} and a 0-dim float32; the weight is about `codes * scale`.
+    """
+    scale = absmean_scale(weight)
+    return ternary_codes(weight, scale), scale
+
+
+def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise activations to 8 bits, one scale a token (absmax over the last dimension).
+
+    Args:
+        x: `[..., features]`, floating point.
+
+    Returns:
+        `(codes, scale)`: int8 `[..., features]` in [-127, 127] and float32 `[..., 1]`; x is about `codes * scale`.
+    """
+    inverse = _activation_inverse_scale(x)
+    return _activation_codes(x, inverse).to(torch.int8), inverse.reciprocal()
+
+
+def fake_quant_weight(weight: Tensor) -> Tensor:
+    """Return `codes * scale` in the weight's dtype, with the straight-through gradient (identity, no clipping mask)."""
+    with torch.no_grad():
+        scale = absmean_scale(weight)
+        quantized = (_ternary(weight, scale) * scale).to(weight.dtype)
+    return weight + (quantized - weight).detach() if weight.requires_grad else quantized
+
+
+def fake_quant_activation(x: Tensor) -> Tensor:
+    """Return the 8-bit rounding of `x` (`[..., features]`) in its dtype, with the straight-through gradient."""
+    with torch.no_grad():
+        inverse = _activation_inverse_scale(x)
+        quantized = (_activation_codes(x, inverse) / inverse).to(x.dtype)
+    return x + (quantized - x).detach() if x.requires_grad else quantized
+
+
+def _ternary(weight: Tensor, scale: Tensor) -> Tensor:
+    return (weight.float() * scale.reciprocal()).round().clamp(-1, 1)
+
+
+def _activation_inverse_scale(x: Tensor) -> Tensor:
+    return ACTIVATION_LEVELS / x.float().abs().amax(dim=-1, keepdim=True).clamp(min=EPS)
+
+
+def _activation_codes(x: Tensor, inverse_scale: Tensor) -> Tensor:
+    return (x.float() * inverse_scale).round().clamp(-ACTIVATION_LEVELS - 1, ACTIVATION_LEVELS)

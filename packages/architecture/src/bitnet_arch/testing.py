@@ -1,0 +1,86 @@
+"""Tiny models and a tokenizer for tests, here so that every package's tests share them."""
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from bitnet_arch.convert import ConversionConfig, convert_model
+
+TEXT = (
+    "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs. "
+    "A ternary weight is minus one, zero or plus one, and a model made of them is small. "
+    "def add(a, b):\n    return a + b\n\nfor i in range(10):\n    print(i, add(i, i))\n"
+)
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def tiny_llama(
+    tied: bool = True,
+    hidden: int = 256,
+    ffn: int = 768,
+    layers: int = 2,
+    vocab: int = 512,
+    heads: int = 4,
+    kv_heads: int = 2,
+    seed: int = 0,
+) -> LlamaForCausalLM:
+    """Return a random float32 Llama in evaluation mode, the same for the same arguments."""
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        rms_norm_eps=1e-5,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    return model.float().eval()
+
+
+def tiny_bitnet(
+    tied: bool = True,
+    hidden: int = 256,
+    ffn: int = 768,
+    layers: int = 2,
+    vocab: int = 512,
+    heads: int = 4,
+    kv_heads: int = 2,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Return `tiny_llama` converted with SubLN of gain 1, λ = 1."""
+    model = tiny_llama(tied, hidden, ffn, layers, vocab, heads, kv_heads, seed)
+    return convert_model(model, ConversionConfig(gain="one"))
+
+
+def tiny_tokenizer(vocab: int = 512) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer (GPT-2's pre-tokenizer) with an end-of-text token (id 0) and a chat template."""  # noqa: E501
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    filler = vocab - tokenizer.get_vocab_size()
+    tokenizer.add_tokens([f"<extra_{i}>" for i in range(filler)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
