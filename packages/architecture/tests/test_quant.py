@@ -71,7 +71,7 @@ def test_rounding_is_half_to_even():
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 10_000))
 def test_quantizer_is_idempotent_scale_equivariant_and_odd(rows, columns, seed):
     w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    codes, scale = quantize_weight(w)  # noqa: RUF059
+    codes, _ = quantize_weight(w)
     assert torch.equal(quantize_weight(4 * w)[0], codes)
     assert torch.equal(quantize_weight(-w)[0], -codes)
     q, s = quantize_activation(w)
@@ -81,9 +81,7 @@ def test_quantizer_is_idempotent_scale_equivariant_and_odd(rows, columns, seed):
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 40), st.integers(0, 10_000))
 def test_pack_round_trip_equals_stock_and_leaves_the_argument(quarter, columns, seed):
-    codes = torch.randint(
-        -1, 2, (4 * quarter, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.int8
-    )
+    codes = torch.randint(-1, 2, (4 * quarter, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
     before = codes.clone()
     packed = pack_codes(codes)
     assert torch.equal(codes, before)
@@ -125,9 +123,7 @@ def test_lambda_is_state_of_the_model():
     b.load_state_dict(a.state_dict())
     assert get_lambda(b) == 0.25
     assert torch.equal(a(x), b(x))
-    full = F.linear(
-        x + 0.25 * (fake_quant_activation(x) - x), a.weight + 0.25 * (fake_quant_weight(a.weight) - a.weight), a.bias
-    )
+    full = F.linear(x + 0.25 * (fake_quant_activation(x) - x), a.weight + 0.25 * (fake_quant_weight(a.weight) - a.weight), a.bias)
     torch.testing.assert_close(a(x), full)
     with pytest.raises(UserError, match="lambda"):
         set_lambda(a, 1.5)

@@ -28,7 +28,7 @@ class BitLinear(nn.Linear):
     Attributes:
         weight: float master weight `[out_features, in_features]`.
         quant_lambda: 0-dim float32 buffer, the quantisation strength; set it with `set_lambda`.
-    """  # noqa: E501
+    """
 
     quant_lambda: Tensor
 

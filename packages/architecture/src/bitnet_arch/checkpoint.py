@@ -70,7 +70,7 @@ class WeightReader:
         quantization = self.config.get("quantization_config") or {}
         if quantization and quantization.get("quant_method") != "bitnet":
             raise UserError(
-                f"{self.directory} is quantised by {quantization.get('quant_method')!r}: only bitnet and float models can be read"  # noqa: E501
+                f"{self.directory} is quantised by {quantization.get('quant_method')!r}: only bitnet and float models can be read"
             )
         self.linear_class: LinearClass = quantization.get("linear_class", "bitlinear")
         if self.linear_class not in get_args(LinearClass):
@@ -83,9 +83,7 @@ class WeightReader:
     def __enter__(self) -> "WeightReader":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._handles.clear()
 
     def keys(self) -> list[str]:
@@ -102,9 +100,7 @@ class WeightReader:
             UserError: if the directory has no such tensor.
         """
         if name not in self._file_of:
-            raise UserError(
-                f"{self.directory} has no tensor {name!r}: the checkpoint is incomplete or of another family"
-            )
+            raise UserError(f"{self.directory} has no tensor {name!r}: the checkpoint is incomplete or of another family")
         tensor: Tensor = self._open(self._file_of[name]).get_tensor(name)
         return tensor
 
@@ -129,10 +125,7 @@ class WeightReader:
 
     def _locate(self) -> dict[str, str]:
         index = self.directory / INDEX_FILE
-        if index.is_file():  # noqa: SIM108
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            files = [WEIGHTS_FILE]
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS_FILE]
         # The files themselves say what they hold: an index can be stale.
         return {key: file for file in files for key in self._open(file).keys()}  # noqa: SIM118
 
@@ -232,7 +225,7 @@ def _fill(model: PreTrainedModel, reader: WeightReader, dtype: torch.dtype) -> N
         tensor = reader.get(name)
         if tensor.shape != parameter.shape:
             raise UserError(
-                f"{reader.directory}: tensor {name!r} is {list(tensor.shape)}, but config.json asks for {list(parameter.shape)}"  # noqa: E501
+                f"{reader.directory}: tensor {name!r} is {list(tensor.shape)}, but config.json asks for {list(parameter.shape)}"
             )
         state[name] = tensor.to(dtype)
     for name, module in model.named_modules():
@@ -267,9 +260,7 @@ def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerFast:
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
-def save_master(
-    model: PreTrainedModel, directory: Path | str, tokenizer: PreTrainedTokenizerBase | None = None
-) -> None:
+def save_master(model: PreTrainedModel, directory: Path | str, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Write float master weights with a configuration that makes stock `transformers` quantise them on the fly.
 
     A model without `BitLinear` layers is written as the plain float model it is.

@@ -32,7 +32,7 @@ class ConversionConfig:
             starts at 1 (for random weights).
         softness: with calibrated gains, the norms' effective epsilon as a multiple of the largest mean square seen in
             calibration; 0 inserts a plain norm, large values approach the identity. See `bitnet_arch.subln`.
-    """  # noqa: E501
+    """
 
     norm: Literal["subln", "none"] = "subln"
     gain: Literal["calibrated", "one"] = "calibrated"
@@ -66,7 +66,7 @@ def convert_model(
 
     Raises:
         UserError: for a family that cannot be expressed, a model that is ternary already, or missing calibration tokens.
-    """  # noqa: E501
+    """
     config = config or ConversionConfig()
     if any(isinstance(module, BitLinear) for module in model.modules()):
         raise UserError("the model is converted already: its linear layers are BitLinear")
@@ -158,9 +158,7 @@ FAMILIES: dict[str, Callable[[PreTrainedConfig], BitNetConfig]] = {"llama": bitn
 
 
 def _refuse_family(config: PreTrainedConfig) -> BitNetConfig:
-    raise UserError(
-        f"model_type {config.model_type!r} cannot be converted: the known families are {', '.join(sorted(FAMILIES))}"
-    )
+    raise UserError(f"model_type {config.model_type!r} cannot be converted: the known families are {', '.join(sorted(FAMILIES))}")
 
 
 def _with_subln(

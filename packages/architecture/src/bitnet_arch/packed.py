@@ -10,7 +10,7 @@ from bitnet_arch.packing import pack_codes, unpack_codes
 from bitnet_arch.quant import ACTIVATION_LEVELS, quantize_activation, quantize_weight
 
 MAX_EXACT_FEATURES = 2**24 // ACTIVATION_LEVELS
-"""Up to this width every partial sum of int8 x ternary products is an integer below 2^24, which float32 holds exactly."""  # noqa: E501
+"""Up to this width every partial sum of int8 x ternary products is an integer below 2^24, which float32 holds exactly."""
 
 
 class PackedBitLinear(nn.Module):
@@ -23,7 +23,7 @@ class PackedBitLinear(nn.Module):
         weight: uint8 `[out_features / 4, in_features]`, codes as in `bitnet_arch.packing`.
         weight_scale: float32 `[1]`, β; multiplies to dequantise.
         bias: optional float `[out_features]`.
-    """  # noqa: E501
+    """
 
     weight: Tensor
     weight_scale: Tensor

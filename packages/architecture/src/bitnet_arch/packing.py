@@ -2,7 +2,7 @@
 
 Four codes share a byte as t + 1 in {0, 1, 2}, strided by rows: with R = out / 4, byte (r, c) holds rows r, r + R, r + 2R
 and r + 3R in bits 0-1, 2-3, 4-5 and 6-7.
-"""  # noqa: E501
+"""
 
 import torch
 from torch import Tensor

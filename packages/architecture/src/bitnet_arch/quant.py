@@ -5,7 +5,7 @@ one in `transformers.integrations.bitnet` (multiply by the reciprocal of the sca
 agree with stock models bit for bit.
 
 Statistics are computed in float32 whatever the input's dtype.
-"""  # noqa: E501
+"""
 
 import torch
 from torch import Tensor

@@ -11,7 +11,7 @@ pretrained model is destroyed. Two numbers a norm, measured on a few calibration
   and the shared ε by a², which changes nothing else: embeddings times a, final norm (tied head) divided by a.
 
 Figures are in docs/experiments.md.
-"""  # noqa: E501
+"""
 
 import math
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bitnet_arch.quant import EPS
 
 MIN_MEAN_WEIGHT = 16 * EPS
-"""A producer's mean |W| is never scaled below this: the absmean scale is clamped at 1e-5, and f16 has its subnormals below 6e-5."""  # noqa: E501
+"""A producer's mean |W| is never scaled below this: the absmean scale is clamped at 1e-5, and f16 has its subnormals below 6e-5."""
 
 MAX_RESIDUAL_SCALE_LOG2 = 6
 """The residual stream is scaled by at most 2^6, so that half-precision embeddings keep their range."""
@@ -81,9 +81,7 @@ class _MeanSquareRecorder:
 
 
 @torch.no_grad()
-def measure_sites(
-    model: nn.Module, sites: Iterable[NormSite], calibration: Iterable[Tensor]
-) -> dict[str, NormStatistics]:
+def measure_sites(model: nn.Module, sites: Iterable[NormSite], calibration: Iterable[Tensor]) -> dict[str, NormStatistics]:
     """Measure every site on the unmodified model.
 
     Args:

@@ -65,7 +65,7 @@ def tiny_bitnet(
 
 
 def tiny_tokenizer(vocab: int = 512) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer (GPT-2's pre-tokenizer) with an end-of-text token (id 0) and a chat template."""  # noqa: E501
+    """Return a byte-level BPE tokenizer (GPT-2's pre-tokenizer) with an end-of-text token (id 0) and a chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
