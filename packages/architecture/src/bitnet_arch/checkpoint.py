@@ -207,7 +207,8 @@ def load_model(directory: Path | str, dtype: torch.dtype = torch.float32, quanti
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _fill(model: PreTrainedModel, reader: WeightReader, dtype: torch.dtype) -> None:
@@ -237,8 +238,8 @@ def _fill(model: PreTrainedModel, reader: WeightReader, dtype: torch.dtype) -> N
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     # Rotary frequencies are computed, not stored; a model built on the meta device has none.
-    rotary = model.get_submodule("model").rotary_emb
-    model.get_submodule("model").rotary_emb = type(rotary)(config=model.config)
+    rotary: Any = model.get_submodule("model.rotary_emb")
+    model.set_submodule("model.rotary_emb", type(rotary)(config=model.config))
     left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     if left:
         raise UserError(f"{reader.directory} leaves {len(left)} tensors without values, the first {left[0]!r}")

@@ -148,7 +148,7 @@ def bitnet_config_from_llama(config: PreTrainedConfig) -> BitNetConfig:
         eos_token_id=config.eos_token_id,
         tie_word_embeddings=config.tie_word_embeddings,
         attention_dropout=config.attention_dropout,
-        rope_parameters=dict(config.rope_parameters),
+        rope_parameters=dict(config.rope_parameters or {}),
         dtype=config.dtype,
     )
 
@@ -192,4 +192,5 @@ def _with_subln(
     # Rotary frequencies are not in the state dict; both classes compute them by the same formula.
     converted.model.rotary_emb = model.model.rotary_emb
     converted.generation_config = model.generation_config
-    return converted.train(model.training)
+    converted.train(model.training)
+    return converted

@@ -14,7 +14,7 @@ Figures are in docs/experiments.md.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -95,9 +95,10 @@ def measure_sites(model: nn.Module, sites: Iterable[NormSite], calibration: Iter
     sites = list(sites)
     recorders = {site.norm: _MeanSquareRecorder() for site in sites}
     handles = [model.get_submodule(s.consumer).register_forward_pre_hook(recorders[s.norm]) for s in sites]
+    forward: Callable[..., object] = model
     try:
         for ids in calibration:
-            model(input_ids=ids, use_cache=False)
+            forward(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

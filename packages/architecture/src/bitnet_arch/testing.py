@@ -46,7 +46,8 @@ def tiny_llama(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    return model.float().eval()
+    model.float().eval()
+    return model
 
 
 def tiny_bitnet(
