@@ -14,7 +14,7 @@ Figures are in docs/experiments.md.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -95,17 +95,16 @@ def measure_sites(model: nn.Module, sites: Iterable[NormSite], calibration: Iter
     sites = list(sites)
     recorders = {site.norm: _MeanSquareRecorder() for site in sites}
     handles = [model.get_submodule(s.consumer).register_forward_pre_hook(recorders[s.norm]) for s in sites]
-    forward: Callable[..., object] = model
     try:
         for ids in calibration:
-            forward(input_ids=ids, use_cache=False)
+            model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     found = {}
     for site in sites:
         mean_square = torch.cat(recorders[site.norm].values)
-        producer_weight = float(model.get_submodule(site.producer).weight.float().abs().mean())
+        producer_weight = float(model.get_parameter(f"{site.producer}.weight").float().abs().mean())
         found[site.norm] = NormStatistics(float(mean_square.median()), float(mean_square.max()), producer_weight)
     return found
 
