@@ -1,0 +1,138 @@
+"""A GGUF reader that trusts nothing in the file: every count, length and offset is checked before it is used."""
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_arch.errors import UserError
+from bitnet_arch.gguf.types import BY_ID, PLAIN
+
+MAX_ITEMS = 1 << 24
+MAX_DIMENSIONS = 4
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor: its row-major shape, ggml type and place in the file."""
+
+    shape: tuple[int, ...]
+    ggml_id: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A parsed file; tensors are read on demand from a memory map."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    data: NDArray[np.uint8]
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """Return a tensor's bytes, `[rows, row_bytes]`."""
+        info = self.tensors[name]
+        return self.data[info.offset : info.offset + info.nbytes].reshape(int(np.prod(info.shape[:-1])), -1)
+
+    def dequantize(self, name: str) -> NDArray[np.float32]:
+        """Return a tensor as float32 in its shape."""
+        info = self.tensors[name]
+        if info.ggml_id in PLAIN:
+            return np.ascontiguousarray(self.raw(name)).view(PLAIN[info.ggml_id]).astype(np.float32).reshape(info.shape)
+        kind = BY_ID[info.ggml_id]
+        codes, scales = kind.decode(self.raw(name))
+        return codes.astype(np.float32) * np.repeat(scales.astype(np.float32), kind.block, axis=1)
+
+
+class _Cursor:
+    def __init__(self, data: NDArray[np.uint8], path: Path) -> None:
+        self.data, self.path, self.at = data, path, 0
+
+    def fail(self, why: str) -> UserError:
+        return UserError(f"{self.path} is not a usable GGUF file ({why}): export or download it again")
+
+    def take(self, count: int) -> bytes:
+        if count < 0 or count > len(self.data) - self.at:
+            raise self.fail("it ends too early")
+        self.at += count
+        return self.data[self.at - count : self.at].tobytes()
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def count(self) -> int:
+        value: int = self.scalar("Q")
+        if value > MAX_ITEMS:
+            raise self.fail(f"it claims {value} items")
+        return value
+
+    def string(self) -> str:
+        return self.take(self.scalar("Q")).decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            item = self.scalar("I")
+            if item == _ARRAY:
+                raise self.fail("it nests arrays")
+            return [self.value(item) for _ in range(self.count())]
+        if kind not in _SCALARS:
+            raise self.fail(f"unknown value type {kind}")
+        return self.scalar(_SCALARS[kind])
+
+
+def read_gguf(path: Path | str) -> GgufFile:
+    """Parse a GGUF file of the types that this library writes (F32, F16, TQ1_0, TQ2_0, Q2_0).
+
+    Raises:
+        UserError: if the file is missing, damaged, or holds other types.
+    """
+    path = Path(path)
+    try:
+        data = np.memmap(path, np.uint8, mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from None
+    cursor = _Cursor(data, path)
+    if cursor.take(4) != b"GGUF" or cursor.scalar("I") != 3:
+        raise cursor.fail("it is no GGUF version 3")
+    tensor_count, key_count = cursor.count(), cursor.count()
+    metadata = {cursor.string(): cursor.value(cursor.scalar("I")) for _ in range(key_count)}
+    listed = [_tensor_info(cursor) for _ in range(tensor_count)]
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or not 1 <= alignment <= 4096:
+        raise cursor.fail(f"its alignment is {alignment!r}")
+    start = -(-cursor.at // alignment) * alignment
+    tensors = {}
+    for name, info in listed:
+        if name in tensors or start + info.offset + info.nbytes > len(data):
+            raise cursor.fail(f"tensor {name!r} is repeated or lies outside the file")
+        tensors[name] = TensorInfo(info.shape, info.ggml_id, start + info.offset, info.nbytes)
+    return GgufFile(path, metadata, tensors, data)
+
+
+def _tensor_info(cursor: _Cursor) -> tuple[str, TensorInfo]:
+    name, dimensions = cursor.string(), cursor.scalar("I")
+    if not 1 <= dimensions <= MAX_DIMENSIONS:
+        raise cursor.fail(f"tensor {name!r} has {dimensions} dimensions")
+    shape = tuple(cursor.scalar("Q") for _ in range(dimensions))[::-1]
+    ggml_id, offset = cursor.scalar("I"), cursor.scalar("Q")
+    elements = 1
+    for size in shape:
+        elements *= size
+    if ggml_id in PLAIN:
+        nbytes = elements * np.dtype(PLAIN[ggml_id]).itemsize
+    elif ggml_id in BY_ID and shape[-1] % BY_ID[ggml_id].block == 0:
+        nbytes = elements // BY_ID[ggml_id].block * BY_ID[ggml_id].block_bytes
+    else:
+        raise cursor.fail(f"tensor {name!r} has type {ggml_id} and rows of {shape[-1]}")
+    if elements == 0 or nbytes > len(cursor.data):
+        raise cursor.fail(f"tensor {name!r} is empty or larger than the file")
+    return name, TensorInfo(shape, ggml_id, offset, nbytes)

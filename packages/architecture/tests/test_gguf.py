@@ -1,0 +1,123 @@
+import gguf
+import numpy as np
+import pytest
+from bitnet_arch import UserError, open_weights, save_master, save_packed
+from bitnet_arch.gguf import TYPES, export_gguf, read_gguf
+from bitnet_arch.testing import tiny_bitnet, tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+@pytest.fixture
+def master(tmp_path):
+    save_master(tiny_bitnet(), tmp_path / "m", tiny_tokenizer())
+    return tmp_path / "m"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(sorted(TYPES)), st.integers(1, 5), st.integers(1, 3), st.integers(0, 10_000))
+def test_every_type_round_trips(name, rows, blocks, seed):
+    kind = TYPES[name]
+    codes = np.random.default_rng(seed).integers(-1, 2, (rows, blocks * kind.block), dtype=np.int8)
+    data = kind.encode(codes, np.float16(0.25))
+    assert data.shape == (rows, blocks * kind.block_bytes)
+    decoded, scales = kind.decode(data)
+    assert np.array_equal(decoded, codes)
+    assert np.all(scales == np.float16(0.25))
+
+
+@pytest.mark.parametrize("name", ["tq1_0", "tq2_0"])
+def test_bytes_equal_the_reference_quantizer_on_ternary_data(name):
+    codes = np.random.default_rng(0).integers(-1, 2, (8, 512), dtype=np.int8)
+    reference = gguf.quants.quantize(codes.astype(np.float32) * 0.25, gguf.GGMLQuantizationType[name.upper()])
+    assert np.array_equal(TYPES[name].encode(codes, np.float16(0.25)), reference)
+
+
+def test_golden_q2_0_bytes():
+    codes = np.zeros((1, 64), np.int8)
+    codes[0, :4] = [-1, 0, 1, 1]
+    data = TYPES["q2_0"].encode(codes, np.float16(1.0))[0]
+    assert data.tolist() == [0x00, 0x3C, 0b10_10_01_00, *[0b01_01_01_01] * 15]
+
+
+@pytest.mark.parametrize("name", ["auto", "f16", *TYPES])
+def test_every_type_holds_the_same_numbers(name, master, tmp_path):
+    report = export_gguf(master, tmp_path / "out.gguf", name)
+    written = read_gguf(tmp_path / "out.gguf")
+    assert report.tensors["blk.0.ffn_down.weight"] == ("tq2_0" if name == "auto" else name)
+    with open_weights(master) as reader:
+        codes, scale = reader.ternary("model.layers.1.mlp.down_proj.weight")
+    expected = codes.numpy() * np.float32(np.float16(float(scale)))
+    assert np.array_equal(written.dequantize("blk.1.ffn_down.weight"), expected)
+    assert written.metadata["tokenizer.ggml.pre"] == "gpt-2"
+    assert written.metadata["tokenizer.chat_template"] == tiny_tokenizer().chat_template
+    assert written.metadata["tokenizer.ggml.tokens"][0] == "<|endoftext|>"
+    assert written.metadata["bitnet.attention.head_count_kv"] == 2
+
+
+def test_packed_and_master_give_the_same_weights(master, tmp_path):
+    save_packed(tiny_bitnet(), tmp_path / "p", tiny_tokenizer())
+    export_gguf(master, tmp_path / "m.gguf")
+    export_gguf(tmp_path / "p", tmp_path / "p.gguf")
+    a, b = read_gguf(tmp_path / "m.gguf"), read_gguf(tmp_path / "p.gguf")
+    assert all(np.array_equal(a.raw(name), b.raw(name)) for name in a.tensors)
+
+
+def test_a_width_of_576_is_refused_by_name_and_auto_takes_q2_0(tmp_path):
+    save_master(tiny_bitnet(hidden=576, ffn=1536, heads=9, kv_heads=3, layers=1), tmp_path / "m", tiny_tokenizer())
+    with pytest.raises(UserError, match=r"blk\.0\.attn_q\.weight has rows of 576, but TQ2_0 needs a multiple of 256"):
+        export_gguf(tmp_path / "m", tmp_path / "out.gguf", "tq2_0")
+    assert not (tmp_path / "out.gguf").exists()
+    tensors = export_gguf(tmp_path / "m", tmp_path / "out.gguf").tensors
+    assert (tensors["blk.0.attn_q.weight"], tensors["blk.0.ffn_down.weight"]) == ("q2_0", "tq2_0")
+
+
+def test_what_the_architecture_cannot_hold_is_refused(tmp_path):
+    save_master(tiny_bitnet(tied=False, hidden=64, ffn=128), tmp_path / "m", tiny_tokenizer())
+    with pytest.raises(UserError, match="untied head"):
+        export_gguf(tmp_path / "m", tmp_path / "out.gguf")
+    save_master(tiny_bitnet(hidden=64, ffn=128), tmp_path / "n", tiny_tokenizer())
+    with pytest.raises(UserError, match="unknown GGUF type 'q4_0'"):
+        export_gguf(tmp_path / "n", tmp_path / "out.gguf", "q4_0")
+
+
+def test_a_full_disk_leaves_no_file(master, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensor_data", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        export_gguf(master, tmp_path / "out.gguf")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_damaged_write_is_caught(master, tmp_path, monkeypatch):
+    original = gguf.GGUFWriter.write_tensor_data
+
+    def flip(self, tensor, *args):
+        tensor = tensor.copy()
+        tensor.view(np.uint8).reshape(-1)[0] ^= 1
+        original(self, tensor, *args)
+
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensor_data", flip)
+    with pytest.raises(RuntimeError, match="reads back differently"):
+        export_gguf(master, tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2_000), st.integers(0, 255))
+def test_a_hostile_header_ends_in_one_sentence_or_a_valid_file(tmp_path_factory, position, value):
+    path = tmp_path_factory.getbasetemp() / "good.gguf"
+    if not path.exists():
+        save_master(tiny_bitnet(hidden=64, ffn=128, layers=1), path.parent / "h", tiny_tokenizer())
+        export_gguf(path.parent / "h", path)
+    data = bytearray(path.read_bytes())
+    data[position] = value
+    bad = path.with_name("bad.gguf")
+    bad.write_bytes(data)
+    try:
+        tensors = read_gguf(bad).tensors
+    except UserError as error:
+        tensors = str(error)
+    assert tensors if isinstance(tensors, dict) else "bad.gguf" in tensors
