@@ -1,13 +1,16 @@
 .PHONY: check format test
 
+LIBRARIES := packages/architecture/src/ packages/data_handler/src/
+APPS := packages/training/src/ packages/inference/src/ packages/eval/src/ packages/deployer/src/
+
 check: ## what CI and pre-commit run before the tests
-	uv run ruff check packages/
-	uv run ruff format --check packages/
-	uv run mypy packages/architecture/src/
+	uv run ruff check .
+	uv run ruff format --check .
+	uv run mypy $(LIBRARIES) $(APPS)
 
 format:
-	uv run ruff check --fix packages/
-	uv run ruff format packages/
+	uv run ruff check --fix .
+	uv run ruff format .
 
 test:
 	uv run pytest

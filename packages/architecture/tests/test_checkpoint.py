@@ -219,6 +219,7 @@ def test_convert_command(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "float"), "--out", str(tmp_path / "ternary"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["form"] == "master"
     assert isinstance(load_model(tmp_path / "ternary").model.layers[0].mlp.up_proj, BitLinear)
+    assert not (tmp_path / "ternary/provenance.json").exists()
     assert main(["info", str(tmp_path / "ternary"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model_type"] == "bitnet"
     assert main(["convert", str(tmp_path / "ternary"), "--out", str(tmp_path / "again")]) == 2
@@ -242,3 +243,10 @@ assert not torch.cuda.is_initialized()
 @pytest.mark.parametrize("module", ["bitnet_arch"])
 def test_import_is_light(module):
     subprocess.run([sys.executable, "-c", IMPORT.format(module=module)], check=True)
+
+
+def test_where_weights_come_from_outlives_conversion(tmp_path):
+    save_master(tiny_llama(hidden=64, ffn=128), tmp_path / "float", tiny_tokenizer(), provenance="a 4-bit copy")
+    for more in ([], ["--packed"]):
+        assert main(["convert", str(tmp_path / "float"), "--out", str(tmp_path / "ternary"), *more]) == 0
+        assert json.loads((tmp_path / "ternary/provenance.json").read_text()) == {"source": "a 4-bit copy"}

@@ -141,3 +141,28 @@ def test_lambda_schedules_rise_from_zero_to_one(kind):
     assert lambda_schedule("constant", 0, 100) == 1.0
     with pytest.raises(UserError, match="unknown lambda schedule"):
         lambda_schedule("cubic", 0, 10)
+
+
+def test_the_fake_quantisers_give_codes_times_scale_bit_for_bit_also_with_a_gradient():
+    torch.manual_seed(0)
+    weight = torch.randn(48, 33, requires_grad=True)
+    codes, scale = quantize_weight(weight.detach())
+    assert torch.equal(fake_quant_weight(weight), codes * scale)
+    x = torch.randn(5, 33, requires_grad=True)
+    assert torch.equal(fake_quant_activation(x), fake_quant_activation(x.detach()))
+    # Control: the usual form of the straight-through estimator rounds twice.
+    assert not torch.equal(weight + (codes * scale - weight).detach(), codes * scale)
+
+
+def test_per_sample_gradients_through_the_quantisers():
+    torch.manual_seed(0)
+    weight, xs = torch.randn(6, 8), torch.randn(3, 8)
+
+    def loss(weight, x):
+        return (fake_quant_activation(x) @ fake_quant_weight(weight).T).square().sum()
+
+    together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight, xs)
+    for row, x in zip(together, xs, strict=True):
+        leaf = weight.clone().requires_grad_()
+        loss(leaf, x).backward()
+        torch.testing.assert_close(row, leaf.grad)

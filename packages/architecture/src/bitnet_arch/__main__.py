@@ -58,14 +58,14 @@ def _convert(arguments: argparse.Namespace) -> None:
             raise UserError(f"{source.path} is ternary already ({reader.form}): there is nothing to convert")
     config = ConversionConfig(norm=arguments.norm, gain=arguments.gain, softness=arguments.softness)
     model = load_float_model(source)
-    check_family(model.config)
+    check_family(model.config, config.norm)
     tokenizer = load_tokenizer(source.path)
     rows = None
     if config.norm == "subln" and config.gain == "calibrated":
         rows = calibration_rows(tokenizer, _calibration_text(arguments.calibration))
     converted = convert_model(model, config, rows)
     save = save_packed if arguments.packed else save_master
-    save(converted, arguments.out, tokenizer)
+    save(converted, arguments.out, tokenizer, provenance=source.provenance)
     result = {"out": str(arguments.out), "form": "packed" if arguments.packed else "master", "source": source.note}
     if arguments.json:
         print(json.dumps(result))

@@ -37,6 +37,8 @@ from bitnet_arch.quant import quantize_weight
 LinearClass = Literal["bitlinear", "autobitlinear"]
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PROVENANCE_FILE = "provenance.json"
+"""Says where a directory's weights come from, so that a label such as "4-bit copy" outlives conversion and training."""
 
 
 def stored_scale(scale: Tensor, linear_class: LinearClass) -> Tensor:
@@ -245,6 +247,15 @@ def _fill(model: PreTrainedModel, reader: WeightReader, dtype: torch.dtype) -> N
         raise UserError(f"{reader.directory} leaves {len(left)} tensors without values, the first {left[0]!r}")
 
 
+def read_provenance(directory: Path | str) -> str | None:
+    """Return the line that a directory keeps on where its weights come from, if it keeps one."""
+    try:
+        source = json.loads((Path(directory) / PROVENANCE_FILE).read_text())["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return source if isinstance(source, str) else None
+
+
 def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a model directory.
 
@@ -261,17 +272,29 @@ def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerFast:
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
-def save_master(model: PreTrainedModel, directory: Path | str, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+def save_master(
+    model: PreTrainedModel,
+    directory: Path | str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    provenance: str | None = None,
+) -> None:
     """Write float master weights with a configuration that makes stock `transformers` quantise them on the fly.
 
     A model without `BitLinear` layers is written as the plain float model it is.
+
+    Args:
+        model: the model.
+        directory: where to write.
+        tokenizer: written beside the model if given.
+        provenance: one line on where the weights come from, kept in `provenance.json`.
 
     Raises:
         UserError: if λ is not 1, which no stock format can express, or the disk is full.
     """
     state = {name: t for name, t in _own_tensors(model) if not name.endswith(f".{LAMBDA_KEY}")}
     quantized = any(isinstance(m, BitLinear) for m in model.modules())
-    _write(model, directory, tokenizer, state, quantization_block("autobitlinear", "online") if quantized else None)
+    block = quantization_block("autobitlinear", "online") if quantized else None
+    _write(model, directory, tokenizer, state, block, provenance)
 
 
 def save_packed(
@@ -279,6 +302,7 @@ def save_packed(
     directory: Path | str,
     tokenizer: PreTrainedTokenizerBase | None = None,
     linear_class: LinearClass = "bitlinear",
+    provenance: str | None = None,
 ) -> None:
     """Write 2-bit weights.
 
@@ -288,6 +312,7 @@ def save_packed(
         tokenizer: written beside the model if given.
         linear_class: the scale convention: "bitlinear" stores 1/β (what stock `BitLinear` divides by), "autobitlinear"
             stores β (what stock `AutoBitLinear` multiplies by).
+        provenance: one line on where the weights come from, kept in `provenance.json`.
 
     Raises:
         UserError: if λ is not 1, a layer has rows not divisible by 4, nothing is quantised, or the disk is full.
@@ -312,7 +337,7 @@ def save_packed(
         state[f"{name}.weight_scale"] = stored_scale(scale, linear_class)
     if not found:
         raise UserError("the model has no ternary layers to pack: convert it first")
-    _write(model, directory, tokenizer, state, quantization_block(linear_class, "offline"))
+    _write(model, directory, tokenizer, state, quantization_block(linear_class, "offline"), provenance)
 
 
 def quantization_block(linear_class: LinearClass, mode: Literal["online", "offline"]) -> dict[str, Any]:
@@ -340,6 +365,7 @@ def _write(
     tokenizer: PreTrainedTokenizerBase | None,
     state: dict[str, Tensor],
     quantization: dict[str, Any] | None,
+    provenance: str | None,
 ) -> None:
     strength = get_lambda(model)
     if strength != 1.0:
@@ -360,6 +386,8 @@ def _write(
             model.generation_config.save_pretrained(str(target))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(target))
+        if provenance is not None:
+            (target / PROVENANCE_FILE).write_text(json.dumps({"source": provenance}) + "\n")
 
     write_directory(directory, fill)
 

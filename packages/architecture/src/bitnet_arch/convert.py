@@ -57,7 +57,7 @@ def convert_model(
     The result shares the parameter tensors of `model`, which must not be used afterwards. Embeddings and head stay float.
 
     Args:
-        model: a `LlamaForCausalLM` without biases, tied or untied.
+        model: a `LlamaForCausalLM` without biases, tied or untied; with norm "none" also one with biases, a Qwen2 or a Qwen3.
         config: what to do; the default inserts calibrated SubLN.
         calibration: token ids, each int64 `[batch, time]`; needed when norms are inserted with calibrated gains.
 
@@ -70,8 +70,8 @@ def convert_model(
     config = config or ConversionConfig()
     if any(isinstance(module, BitLinear) for module in model.modules()):
         raise UserError("the model is converted already: its linear layers are BitLinear")
+    check_family(model.config, config.norm)
     if config.norm == "none":
-        check_family(model.config)
         return replace_linears(model)
     target = FAMILIES.get(model.config.model_type, _refuse_family)(model.config)
     sites = norm_sites(target.num_hidden_layers)
@@ -110,8 +110,12 @@ def replace_linears(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def check_family(config: PreTrainedConfig) -> None:
-    """Raise `UserError` unless the configuration's family can be converted."""
+def check_family(config: PreTrainedConfig, norm: Literal["subln", "none"] = "subln") -> None:
+    """Raise `UserError` unless the configuration's family can be converted with this norm placement."""
+    if norm == "none" and config.model_type in PLAIN_FAMILIES:
+        return
+    if norm == "subln" and config.model_type in PLAIN_FAMILIES and config.model_type not in FAMILIES:
+        raise UserError(f"no stock architecture holds SubLN in model_type {config.model_type!r}: use norm='none'")
     FAMILIES.get(config.model_type, _refuse_family)(config)
 
 
@@ -156,9 +160,14 @@ def bitnet_config_from_llama(config: PreTrainedConfig) -> BitNetConfig:
 FAMILIES: dict[str, Callable[[PreTrainedConfig], BitNetConfig]] = {"llama": bitnet_config_from_llama}
 """Maps a `model_type` to the function that describes its SubLN'd form."""
 
+PLAIN_FAMILIES = frozenset({"llama", "qwen2", "qwen3"})
+"""Families whose blocks consist of the seven linear layers, which norm "none" makes ternary without touching the architecture."""
+
 
 def _refuse_family(config: PreTrainedConfig) -> BitNetConfig:
-    raise UserError(f"model_type {config.model_type!r} cannot be converted: the known families are {', '.join(sorted(FAMILIES))}")
+    raise UserError(
+        f"model_type {config.model_type!r} cannot be converted: the known families are {', '.join(sorted(PLAIN_FAMILIES))}"
+    )
 
 
 def _with_subln(

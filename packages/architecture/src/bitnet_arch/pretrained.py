@@ -1,7 +1,6 @@
 """Where a pretrained float model comes from: a directory, the hub, or a package that ships one."""
 
 import importlib.util
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
-from bitnet_arch.checkpoint import load_model, save_master
+from bitnet_arch.checkpoint import load_model, read_provenance, save_master
 from bitnet_arch.errors import UserError
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -24,11 +23,13 @@ class Pretrained:
         path: the directory.
         source: "directory", "hub" or "package".
         note: one line for people, naming anything that limits what a result may claim.
+        provenance: what a model made from this one should keep of that, if anything.
     """
 
     path: Path
     source: str
     note: str
+    provenance: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,19 @@ def resolve_pretrained(name: Path | str) -> Pretrained:
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return Pretrained(path, "directory", str(path))
+        origin = read_provenance(path)
+        return Pretrained(path, "directory", str(path) if origin is None else f"{path}, from {origin}", origin)
     name = str(name)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"{name} is neither a directory nor a hub id of the form owner/model")
     try:
         local = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
-        return Pretrained(Path(local), "hub", f"{name} from the Hugging Face hub")
+        note = f"{name} from the Hugging Face hub"
+        return Pretrained(Path(local), "hub", note, note)
     except Exception as error:  # every transport has its own exception types; the reason is passed on
         packaged = PACKAGED.get(name)
         if packaged and importlib.util.find_spec(packaged.package):
-            return Pretrained(_unpack(name, packaged), "package", packaged.note)
+            return Pretrained(_unpack(name, packaged), "package", packaged.note, packaged.note)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         remedy = "pass a directory with the model"
         if packaged:
@@ -105,6 +108,5 @@ def _unpack(name: str, packaged: _Packaged) -> Path:
     fresh = LlamaForCausalLM(config)
     fresh.load_state_dict(loaded.state_dict())
     fresh.tie_weights()
-    save_master(fresh, target, tokenizer)
-    (target / "provenance.json").write_text(json.dumps({"source": packaged.note}) + "\n")
+    save_master(fresh, target, tokenizer, packaged.note)
     return target

@@ -1,7 +1,10 @@
 """Tiny models and a tokenizer for tests, here so that every package's tests share them."""
 
+import pydoc_data.topics
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from bitnet_arch.convert import ConversionConfig, convert_model
@@ -85,3 +88,25 @@ def tiny_tokenizer(vocab: int = 512) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def train_tiny(model: PreTrainedModel, steps: int = 100, rows: int = 8, length: int = 48, seed: int = 0) -> PreTrainedModel:
+    """Train a tiny model in place on the installed Python's documentation, with `tiny_tokenizer`; return it in evaluation mode.
+
+    A random model's distributions are nearly uniform, and comparisons of them say little; a hundred steps suffice.
+    """
+    topics = pydoc_data.topics.topics
+    text = "\n".join(topics[key] for key in sorted(topics))[:200_000]
+    ids = torch.tensor(tiny_tokenizer(model.config.vocab_size)(text).input_ids)
+    optimizer = torch.optim.AdamW(model.train().parameters(), 2e-3)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        starts = torch.randint(0, len(ids) - length - 1, (rows,), generator=generator)
+        batch = torch.stack([ids[start : start + length + 1] for start in starts])
+        logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    return model

@@ -1,7 +1,19 @@
-"""GGUF: ternary block types, the writer and a bounds-checked reader."""
+"""GGUF: ternary block types, the writer, the check against the source and a bounds-checked reader."""
 
+from bitnet_arch.gguf.annotate import annotate_gguf
+from bitnet_arch.gguf.plan import check_architecture
 from bitnet_arch.gguf.reader import GgufFile, read_gguf
 from bitnet_arch.gguf.types import TYPES
+from bitnet_arch.gguf.verify import file_differences
 from bitnet_arch.gguf.writer import GgufReport, export_gguf
 
-__all__ = ["TYPES", "GgufFile", "GgufReport", "export_gguf", "read_gguf"]
+__all__ = [
+    "TYPES",
+    "GgufFile",
+    "GgufReport",
+    "annotate_gguf",
+    "check_architecture",
+    "export_gguf",
+    "file_differences",
+    "read_gguf",
+]

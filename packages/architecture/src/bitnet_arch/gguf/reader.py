@@ -29,12 +29,23 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A parsed file; tensors are read on demand from a memory map."""
+    """A parsed file; tensors are read on demand from a memory map.
+
+    Attributes:
+        path: the file.
+        metadata: keys and values.
+        tensors: by name.
+        data: the file's bytes.
+        keys_end: offset behind the last key and value, where the list of tensors begins.
+        infos_end: offset behind the list of tensors.
+    """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
     data: NDArray[np.uint8]
+    keys_end: int
+    infos_end: int
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """Return a tensor's bytes, `[rows, row_bytes]`."""
@@ -105,6 +116,7 @@ def read_gguf(path: Path | str) -> GgufFile:
         raise cursor.fail("it is no GGUF version 3")
     tensor_count, key_count = cursor.count(), cursor.count()
     metadata = {cursor.string(): cursor.value(cursor.scalar("I")) for _ in range(key_count)}
+    keys_end = cursor.at
     listed = [_tensor_info(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= 4096:
@@ -115,7 +127,7 @@ def read_gguf(path: Path | str) -> GgufFile:
         if name in tensors or start + info.offset + info.nbytes > len(data):
             raise cursor.fail(f"tensor {name!r} is repeated or lies outside the file")
         tensors[name] = TensorInfo(info.shape, info.ggml_id, start + info.offset, info.nbytes)
-    return GgufFile(path, metadata, tensors, data)
+    return GgufFile(path, metadata, tensors, data, keys_end, cursor.at)
 
 
 def _tensor_info(cursor: _Cursor) -> tuple[str, TensorInfo]:

@@ -1,0 +1,150 @@
+"""What the parity gate decides by, and what it reports."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Status = Literal["proven", "unproven", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParityBounds:
+    """The gate's bounds. Those on distributions widen with the rounding noise that the same run measures, see `gate`.
+
+    Attributes:
+        code_edge: distance from a rounding edge within which an activation code may fall on either side.
+        layer_output: a layer's output error as a fraction of its largest output.
+        floor_factor: multiple of the measured floor up to which a difference counts as rounding.
+        handling_factor: multiple of the distance from training to the emulation, both in torch, that the engine may show.
+        end_to_end_off: packed against training, as a fraction of what dropping activation quantisation costs.
+        single_flip: the floor is never taken lower than this fraction of the same cost: on few positions one rounded code decides.
+        greedy_margin: top-2 margin, in nats, below which packed and training may choose different tokens.
+        f16_mean_kl, f16_max_kl, f16_top1: the engine against its emulation, when every matrix is F16.
+        ternary_mean_kl, ternary_max_kl, ternary_top1: likewise, when some are ternary types.
+        training_mean_kl, training_max_kl, training_top1: the engine against training's own forward.
+        sure_margin: top-2 margin, in nats, from which on the engine must choose training's token.
+        perplexity: largest |ratio - 1| of perplexities against training.
+        activation_ratio: the engine's distance from its emulation as a fraction of its distance from one without activation
+            quantisation.
+        decidable: that fraction is judged only where it leaves this multiple of the floor; else it is reported as undecided.
+        resolution: bounds may widen up to this fraction of what Q4_0 in place of ternary costs; beyond, nothing is proven.
+        min_positions: positions that a proof needs.
+    """
+
+    code_edge: float = 1e-4
+    layer_output: float = 1e-5
+    floor_factor: float = 3.0
+    handling_factor: float = 1.5
+    end_to_end_off: float = 0.2
+    single_flip: float = 0.02
+    greedy_margin: float = 0.01
+    f16_mean_kl: float = 1e-5
+    f16_max_kl: float = 1e-4
+    f16_top1: float = 0.995
+    ternary_mean_kl: float = 1e-4
+    ternary_max_kl: float = 1e-2
+    ternary_top1: float = 0.98
+    training_mean_kl: float = 5e-4
+    training_max_kl: float = 1e-2
+    training_top1: float = 0.98
+    sure_margin: float = 0.2
+    perplexity: float = 0.002
+    activation_ratio: float = 0.5
+    decidable: float = 2.0
+    resolution: float = 0.5
+    min_positions: int = 1000
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure and its bound.
+
+    Attributes:
+        name: what was checked.
+        value: the figure, or None if it was not a number.
+        op: "<=" or ">=".
+        bound: what it must not cross.
+        holds: whether it does not; None where this model cannot decide it.
+        note: why the bound is not the default one, or what the figure means.
+    """
+
+    name: str
+    value: float | None
+    op: Literal["<=", ">="]
+    bound: float
+    holds: bool | None
+    note: str = ""
+
+
+def at_most(name: str, value: float, bound: float, note: str = "") -> Check:
+    """Return a check that `value <= bound`; what is not a finite number never holds."""
+    return _check(name, float(value), "<=", float(bound), float(value) <= float(bound), note)
+
+
+def at_least(name: str, value: float, bound: float, note: str = "") -> Check:
+    """Return a check that `value >= bound`; what is not a finite number never holds."""
+    return _check(name, float(value), ">=", float(bound), float(value) >= float(bound), note)
+
+
+def _check(name: str, value: float, op: Literal["<=", ">="], bound: float, within: bool, note: str) -> Check:
+    finite = math.isfinite(value)
+    # A bound that is not a number compares as false, and so does not hold.
+    return Check(name, value if finite else None, op, bound if math.isfinite(bound) else 0.0, finite and within, note)
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What was compared and how it went.
+
+    Attributes:
+        status: "proven" (an engine that this project did not write ran the file, and every bound holds on enough positions),
+            "unproven" (see `reason`) or "failed" (a bound is missed).
+        reason: one sentence; empty when proven.
+        engine: the engine's name, empty if none ran.
+        engine_version: its version.
+        positions: how many next-token distributions were compared.
+        types: tensor name to type name in the file.
+        checks: every figure with its bound.
+        measurements: the comparisons behind them, by name.
+        details: further facts for people (tensors that differ, the date).
+    """
+
+    status: Status
+    reason: str
+    engine: str = ""
+    engine_version: str = ""
+    positions: int = 0
+    types: dict[str, str] = field(default_factory=dict)
+    checks: list[Check] = field(default_factory=list)
+    measurements: dict[str, dict[str, Any]] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def failed_checks(self) -> list[str]:
+        """Return the names of checks that do not hold."""
+        return [check.name for check in self.checks if check.holds is False]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dict."""
+        return asdict(self)
+
+    def metadata(self) -> dict[str, str | int | float | bool]:
+        """Return what a GGUF file says about its proof, as `wrinklefree.parity.*` keys."""
+        values: dict[str, str | int | float | bool] = {"status": self.status, "positions": self.positions}
+        if self.reason:
+            values["reason"] = self.reason
+        if self.engine:
+            values |= {"engine": self.engine, "engine_version": self.engine_version}
+        if "date" in self.details:
+            values["date"] = str(self.details["date"])
+        for check in self.checks:
+            if check.value is not None:
+                values |= {f"{check.name}.value": float(check.value), f"{check.name}.bound": check.bound}
+        return {f"wrinklefree.parity.{key}": value for key, value in values.items()}
+
+
+class ParityError(RuntimeError):
+    """A file that does not compute what was trained. The message is one sentence; `report` holds the figures."""
+
+    def __init__(self, report: ParityReport) -> None:
+        super().__init__(report.reason)
+        self.report = report

@@ -1,0 +1,319 @@
+"""The parity gate's parts, and the gate itself with engines made of torch."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from bitnet_arch import BitLinear, PackedBitLinear, UserError, load_model, open_weights, pack_model, save_master, save_packed
+from bitnet_arch.gguf import annotate_gguf, export_gguf, file_differences, read_gguf
+from bitnet_arch.parity import (
+    FORWARDS,
+    EngineInfo,
+    ParityBounds,
+    ParityReport,
+    compare,
+    compare_linear,
+    emulated_model,
+    run_gate,
+    summarize,
+)
+from bitnet_arch.parity.activations import round_q8_0, round_q8_k
+from bitnet_arch.parity.report import at_least, at_most
+from bitnet_arch.parity.stream import LayerStream
+from bitnet_arch.testing import tiny_bitnet, tiny_tokenizer, train_tiny
+from torch import nn
+
+LENGTH = 48
+
+
+@pytest.fixture(scope="module")
+def model():
+    return train_tiny(tiny_bitnet(hidden=64, ffn=128, kv_heads=2), steps=60)
+
+
+@pytest.fixture(scope="module")
+def master(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("parity") / "m"
+    save_master(model, path, tiny_tokenizer())
+    return path
+
+
+@pytest.fixture(scope="module")
+def file(master):
+    export_gguf(master, master.parent / "auto.gguf")
+    return master.parent / "auto.gguf"
+
+
+@pytest.fixture(scope="module")
+def windows():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(1, 300, (2, LENGTH + 1), generator=generator).tolist()
+
+
+def torch_engine(model):
+    @torch.no_grad()
+    def run(ids):
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1).numpy()
+
+    return EngineInfo(run, "torch", "0")
+
+
+def gate(master, file, engine, windows, **options):
+    return run_gate(master, file, engine, windows, ParityBounds(min_positions=2 * LENGTH), **options)
+
+
+# ---- activations, element by element as the C code of ggml does it
+
+
+def q8_k_by_hand(block):
+    extreme = max(block, key=abs)
+    if extreme == 0:
+        return np.zeros_like(block)
+    inverse = np.float32(-127) / extreme
+    return np.array([min(127, np.rint(inverse * v)) for v in block], np.float32) * (np.float32(1) / inverse)
+
+
+def q8_0_by_hand(block):
+    largest = np.abs(block).max()
+    if largest == 0:
+        return np.zeros_like(block)
+    inverse = np.float32(127) / largest
+    return np.rint(block * inverse).astype(np.float32) * np.float32(np.float16(largest / np.float32(127)))
+
+
+@pytest.mark.parametrize(("rounding", "by_hand", "block"), [(round_q8_k, q8_k_by_hand, 256), (round_q8_0, q8_0_by_hand, 32)])
+def test_activation_rounding_is_ggmls(rounding, by_hand, block):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 2 * block)).astype(np.float32) * np.array([[1e-3], [1.0], [40.0]], np.float32)
+    x[1, :block] = 0
+    expected = np.concatenate([np.concatenate([by_hand(row[:block]), by_hand(row[block:])])[None] for row in x])
+    assert np.array_equal(rounding(torch.from_numpy(x)).numpy(), expected)
+    assert not np.array_equal(expected, x)
+
+
+# ---- measurements and bounds
+
+
+def test_compare_measures_what_it_says():
+    p = np.log([[0.7, 0.2, 0.1], [0.5, 0.4, 0.1]])
+    q = np.log([[0.6, 0.3, 0.1], [0.4, 0.5, 0.1]])
+    found = summarize([compare(p, q, np.array([0, 1]))])
+    kl = [0.7 * np.log(0.7 / 0.6) + 0.2 * np.log(0.2 / 0.3), 0.5 * np.log(0.5 / 0.4) + 0.4 * np.log(0.4 / 0.5)]
+    assert found.positions == 2
+    assert found.mean_kl == pytest.approx(np.mean(kl))
+    assert found.max_kl == pytest.approx(max(kl))
+    assert found.top1 == 0.5
+    assert found.flip_margin == pytest.approx(np.log(0.5 / 0.4))
+    assert found.perplexity_ratio == pytest.approx(np.sqrt((0.7 * 0.4) / (0.6 * 0.5)))
+    assert summarize([compare(p, p, np.array([0, 1]))]).flip_margin == 0.0
+
+
+def test_what_is_not_a_number_never_holds():
+    for value in (float("nan"), float("inf"), np.float64("nan")):
+        assert at_most("x", value, 1.0).holds is False
+        assert at_least("x", -value, 1.0).holds is False
+    # numpy's own booleans are not Python's: `holds is False` would overlook them.
+    assert at_most("x", np.float64(2.0), np.float64(1.0)).holds is False
+    assert at_most("x", np.float64(1.0), 1.0).holds is True
+    json.dumps(ParityReport("failed", "x", checks=[at_most("x", np.float64("inf"), 1.0)]).to_json(), allow_nan=False)
+
+
+def layers(seed=0):
+    torch.manual_seed(seed)
+    layer = BitLinear(96, 32, bias=False)
+    return layer, torch.randn(40, 96)
+
+
+def test_a_packed_layer_equals_the_fake_quantised_one():
+    layer, x = layers()
+    found = compare_linear("l", x, layer, PackedBitLinear.from_bitlinear(layer), 1e-4)
+    assert found.wrong_codes == 0
+    assert found.output_error < 1e-6
+
+
+def test_a_layer_that_does_not_quantise_its_input_is_seen():
+    layer, x = layers()
+    plain = nn.Linear(96, 32, bias=False)
+    plain.weight.data = PackedBitLinear.from_bitlinear(layer).codes().float() * float(layer.weight.detach().abs().mean())
+    assert compare_linear("l", x, layer, plain, 1e-4).output_error > 1e-3
+
+
+def test_a_layer_whose_output_is_not_a_number_is_the_worst():
+    layer, x = layers()
+    good = compare_linear("good", x, layer, PackedBitLinear.from_bitlinear(layer), 1e-4)
+    broken = PackedBitLinear.from_bitlinear(layer)
+    broken.weight_scale.fill_(float("nan"))
+    bad = compare_linear("bad", x, layer, broken, 1e-4)
+    for merged in (good.merge(bad), bad.merge(good)):
+        assert merged.worst == "bad"
+        assert not at_most("layers", merged.output_error, 1.0).holds
+
+
+# ---- the stream
+
+
+@pytest.mark.parametrize("form", ["master", "packed"])
+def test_streaming_computes_what_whole_models_do(form, model, master, windows, tmp_path):
+    directory = master
+    if form == "packed":
+        directory = tmp_path / "p"
+        save_packed(model, directory, tiny_tokenizer())
+    export_gguf(directory, tmp_path / "out.gguf")
+    ids = torch.tensor(windows)[:, :-1]
+    whole = {
+        "packed": pack_model(load_model(directory)),
+        "emulated": emulated_model(directory, tmp_path / "out.gguf"),
+        "emulated without activation quantisation": emulated_model(directory, tmp_path / "out.gguf", "none"),
+    }
+    if form == "master":
+        whole["training"] = load_model(directory)
+    with open_weights(directory) as reader:
+        stream = LayerStream(reader, tmp_path / "out.gguf", ids, FORWARDS)
+        stream.run(1e-4)
+        for name, whole_model in whole.items():
+            expected = torch_engine(whole_model).run(ids[1].tolist())
+            assert np.abs(stream.logprobs(name, 1, slice(None)) - expected).max() < 1e-4, name
+            part = stream.logprobs(name, 1, slice(3, 5))
+            assert np.allclose(part, stream.logprobs(name, 1, slice(None))[3:5], atol=1e-4)
+
+
+def test_forwards_differ_where_they_should(master, file, windows):
+    with open_weights(master) as reader:
+        stream = LayerStream(reader, file, torch.tensor(windows)[:, :-1], FORWARDS)
+        stream.run(1e-4)
+        rows = {name: stream.logprobs(name, 0, slice(None)) for name in FORWARDS}
+    for name in FORWARDS:
+        distance = np.abs(rows[name] - rows["training"]).max()
+        assert (distance == 0) == (name == "training"), name
+    assert not np.array_equal(rows["emulated"], rows["emulated with float32 cache"])
+
+
+# ---- the gate
+
+
+def test_the_gate_proves_the_emulated_engine(master, file, windows):
+    seen = []
+    engine = torch_engine(emulated_model(master, file))
+    report = gate(master, file, engine, windows, progress=lambda *args: seen.append(args))
+    assert (report.status, report.failed_checks(), report.positions) == ("proven", [], 2 * LENGTH)
+    assert report.types["blk.0.ffn_up.weight"] == "q2_0"
+    assert {stage for stage, _, _ in seen} == {"bytes", "layers", "engine"}
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False))["engine"] == "torch"
+
+
+def test_the_gate_proves_a_packed_directory(model, tmp_path, windows):
+    save_packed(model, tmp_path / "p", tiny_tokenizer())
+    export_gguf(tmp_path / "p", tmp_path / "out.gguf")
+    engine = torch_engine(emulated_model(tmp_path / "p", tmp_path / "out.gguf"))
+    report = gate(tmp_path / "p", tmp_path / "out.gguf", engine, windows)
+    assert (report.status, report.failed_checks()) == ("proven", [])
+
+
+def shifted(model):
+    engine = torch_engine(model)
+
+    def run(ids):
+        return np.roll(engine.run(ids), 1, axis=0)
+
+    return EngineInfo(run, "torch", "0")
+
+
+def holes(model):
+    engine = torch_engine(model)
+
+    def run(ids):
+        rows = engine.run(ids)
+        rows[3, 5] = -np.inf
+        return rows
+
+    return EngineInfo(run, "torch", "0")
+
+
+@pytest.mark.parametrize("engine", [shifted, holes])
+def test_a_wrong_engine_fails(engine, master, file, windows):
+    report = gate(master, file, engine(emulated_model(master, file)), windows)
+    assert report.status == "failed"
+    assert {"engine.mean_kl", "training.mean_kl"} <= set(report.failed_checks())
+    assert report.reason.startswith("engine.mean_kl is ")
+
+
+def test_a_packed_path_without_activation_quantisation_fails(master, file, windows):
+    forwards = FORWARDS | {"packed": FORWARDS["training without activation quantisation"]}
+    report = gate(master, file, torch_engine(emulated_model(master, file)), windows, forwards=forwards)
+    assert {"layers.output_error", "packed.activation_ratio"} <= set(report.failed_checks())
+
+
+def test_an_engine_without_activation_quantisation_fails(master, file, windows):
+    report = gate(master, file, torch_engine(emulated_model(master, file, "none")), windows)
+    assert report.failed_checks() == ["engine.activation_ratio"]
+
+
+def test_bounds_decide(master, file, windows):
+    engine = torch_engine(emulated_model(master, file).double())
+    tight = ParityBounds(min_positions=1, layer_output=1e-9)
+    report = run_gate(master, file, engine, windows, tight)
+    assert (report.status, report.failed_checks()) == ("failed", ["layers.output_error"])
+    many = run_gate(master, file, engine, windows, ParityBounds())
+    assert (many.status, many.reason) == ("unproven", "only 96 positions were compared, and a proof needs 1000")
+
+
+def test_a_model_whose_noise_hides_a_wrong_type_is_unproven(master, file, windows):
+    # With no default to fall back on, and nothing of a control's cost allowed, every widened bound is too wide.
+    bounds = ParityBounds(min_positions=1, ternary_mean_kl=0.0, resolution=0.0)
+    report = run_gate(master, file, torch_engine(emulated_model(master, file)), windows, bounds)
+    assert report.status == "unproven"
+    assert report.failed_checks() == ["resolution"]
+
+
+@pytest.mark.parametrize("bad", [[], [[1]], [[1, 2, 3], [1, 2]]], ids=["none", "short", "uneven"])
+def test_useless_windows_are_refused(bad, master, file):
+    with pytest.raises(UserError, match="token windows"):
+        gate(master, file, torch_engine(load_model(master)), bad)
+
+
+# ---- emulated_model, bytes and metadata
+
+
+def test_emulated_model_takes_the_files_matrices(master, file, tmp_path, windows):
+    ids = windows[0][:-1]
+    data = bytearray(file.read_bytes())
+    info = read_gguf(file).tensors["blk.0.ffn_up.weight"]
+    data[info.offset + 2 : info.offset + info.nbytes : 18] = bytes(len(range(info.offset + 2, info.offset + info.nbytes, 18)))
+    (tmp_path / "changed.gguf").write_bytes(data)
+    right, changed = emulated_model(master, file), emulated_model(master, tmp_path / "changed.gguf")
+    assert not np.allclose(torch_engine(right).run(ids), torch_engine(changed).run(ids), atol=1e-4)
+    training = torch_engine(emulated_model(master, file, "training")).run(ids)
+    assert not np.array_equal(training, torch_engine(right).run(ids))
+    with pytest.raises(UserError, match="unknown activation handling 'int4'"):
+        emulated_model(master, file, "int4")
+
+
+def test_a_file_of_another_model_is_named(model, file, tmp_path):
+    save_master(tiny_bitnet(hidden=64, ffn=192, kv_heads=2), tmp_path / "other", tiny_tokenizer())
+    with pytest.raises(UserError, match=r"has no tensor blk\.0\.ffn_gate\.weight of shape \[192, 64\]"):
+        emulated_model(tmp_path / "other", file)
+    with open_weights(tmp_path / "other") as reader:
+        differences = file_differences(reader, file)
+    assert {"blk.0.ffn_gate.weight", "key bitnet.feed_forward_length"} <= set(differences)
+
+
+def test_differences_name_tensors_and_keys(master, file, tmp_path):
+    with open_weights(master) as reader:
+        assert file_differences(reader, file) == []
+        data = bytearray(file.read_bytes())
+        data[read_gguf(file).tensors["blk.1.attn_q.weight"].offset + 7] ^= 1
+        at = data.index(b"bitnet.rope.freq_base") + len(b"bitnet.rope.freq_base") + 4
+        data[at : at + 4] = np.float32(500.0).tobytes()
+        (tmp_path / "changed.gguf").write_bytes(data)
+        assert file_differences(reader, tmp_path / "changed.gguf") == ["blk.1.attn_q.weight", "key bitnet.rope.freq_base"]
+
+
+def test_annotating_adds_keys_and_keeps_every_tensor(file, tmp_path):
+    values = {"wrinklefree.a": "text", "wrinklefree.b": 1e-9, "wrinklefree.c": -3, "wrinklefree.d": True}
+    annotate_gguf(file, tmp_path / "out.gguf", values)
+    before, after = read_gguf(file), read_gguf(tmp_path / "out.gguf")
+    assert after.metadata == before.metadata | values
+    assert all(after.raw(name).tobytes() == before.raw(name).tobytes() for name in before.tensors)
+    with pytest.raises(UserError, match=r"has the key 'wrinklefree\.a' already"):
+        annotate_gguf(tmp_path / "out.gguf", tmp_path / "again.gguf", {"wrinklefree.a": "other"})

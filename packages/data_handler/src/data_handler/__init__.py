@@ -1,0 +1,30 @@
+"""Sources, tokenisation, packing and a resumable loader for language models.
+
+Importing this package reads no network and initialises no accelerator.
+"""
+
+from data_handler.batch import collate, document_attention_mask
+from data_handler.config import DataConfig, SourceConfig, config_directory, config_names, load_config, parse_config
+from data_handler.errors import UserError
+from data_handler.loader import BatchLoader
+from data_handler.sources import documents
+from data_handler.split import is_heldout
+from data_handler.stream import PackedStream
+from data_handler.tokenizer import train_tokenizer
+
+__all__ = [
+    "BatchLoader",
+    "DataConfig",
+    "PackedStream",
+    "SourceConfig",
+    "UserError",
+    "collate",
+    "config_directory",
+    "config_names",
+    "document_attention_mask",
+    "documents",
+    "is_heldout",
+    "load_config",
+    "parse_config",
+    "train_tokenizer",
+]

@@ -1,0 +1,139 @@
+"""The text that every Python has: the standard library's code and its documentation, as two disjoint domains.
+
+A module's docstrings belong to the prose alone: they are cut out of the code, and paragraphs that repeat are dropped
+from the prose. Otherwise the code of the training part would hold the very sentences that the held-out prose asks for.
+"""
+
+import ast
+import importlib.util
+import inspect
+import re
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from data_handler.config import SourceConfig
+from data_handler.errors import UserError
+
+LEFT_OUT = frozenset(
+    {
+        *("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"),
+        *("encodings", "pydoc_data"),  # generated tables; the topics, which are the prose
+        *("idlelib", "turtledemo", "ensurepip", "lib2to3", "distutils"),  # applications, and what later Pythons lack
+    }
+)
+"""Folders of the standard library that are neither code to learn from nor in every Python."""
+
+Scope = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def code_documents(_source: SourceConfig) -> Iterator[str]:
+    """Yield the standard library's modules, one a document, without docstrings; sorted by path."""
+    for code, _ in _modules():
+        yield code
+
+
+def prose_documents(_source: SourceConfig) -> Iterator[str]:
+    """Yield Python's reference topics, then each module's docstrings joined; no paragraph occurs twice."""
+    yield from _prose()
+
+
+def split_docstrings(source: str) -> tuple[str, list[str]]:
+    """Split a module into code without docstrings, which still parses, and its docstrings in order, unindented.
+
+    Raises:
+        SyntaxError: if the source is not Python of this version.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of invalid escapes, which are the library's affair
+        tree = ast.parse(source)
+    found = sorted(_docstring_nodes(tree), key=lambda pair: pair[1].lineno)
+    lines: list[str | None] = [*source.split("\n")]
+    for scope, node in found:
+        _blank(lines, node, alone=len(scope.body) == 1 and not isinstance(scope, ast.Module))
+    texts = [inspect.cleandoc(str(ast.literal_eval(node.value))) for _, node in found]
+    return "\n".join(line for line in lines if line is not None).lstrip("\n"), texts
+
+
+def unique_paragraphs(documents: Iterable[str]) -> Iterator[str]:
+    """Yield documents without the paragraphs that occurred before, in this document or an earlier one.
+
+    Paragraphs are divided by blank lines and compared with their white space collapsed, so that indentation and line
+    breaks do not hide a repetition. A document that has nothing left is left out.
+    """
+    seen: set[str] = set()
+    for document in documents:
+        kept = []
+        for paragraph in paragraphs(document):
+            key = " ".join(paragraph.split())
+            if key not in seen:
+                seen.add(key)
+                kept.append(paragraph)
+        if kept:
+            yield "\n\n".join(kept)
+
+
+def paragraphs(text: str) -> list[str]:
+    """Return the non-empty paragraphs of a text, divided by blank lines."""
+    return [p.rstrip() for p in re.split(r"\n[^\S\n]*(?:\n[^\S\n]*)*\n", text) if p.strip()]
+
+
+@lru_cache(maxsize=1)
+def _modules() -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Return (code, docstrings) of every module; kept, because both domains and both splits ask for it."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    result = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        # _sysconfigdata describes one machine's build; config-* holds its makefiles.
+        if LEFT_OUT.intersection(parts) or parts[0].startswith(("config-", "_sysconfigdata")):
+            continue
+        try:
+            with tokenize.open(path) as file:
+                code, docstrings = split_docstrings(file.read())
+        except (SyntaxError, UnicodeDecodeError):  # a template or a sample, not a module
+            continue
+        result.append((code, tuple(docstrings)))
+    if not result:
+        raise UserError(f"this Python has no library sources in {root}: install them, or use another data configuration")
+    return tuple(result)
+
+
+@lru_cache(maxsize=1)
+def _prose() -> tuple[str, ...]:
+    if importlib.util.find_spec("pydoc_data") is None:
+        raise UserError("this Python lacks pydoc_data: install its full standard library, or use another data configuration")
+    from pydoc_data.topics import topics  # half a megabyte, wanted by this source only
+
+    joined = ("\n\n".join(docstrings) for _, docstrings in _modules())
+    return tuple(unique_paragraphs([*(topics[key] for key in sorted(topics)), *joined]))
+
+
+def _docstring_nodes(tree: ast.Module) -> Iterator[tuple[Scope, ast.Expr]]:
+    """Yield scopes with their docstring statement; only statements are walked, as no expression holds one."""
+    stack: list[ast.AST] = [tree]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Scope) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+                yield node, first
+        stack.extend(
+            child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case)
+        )
+
+
+def _blank(lines: list[str | None], node: ast.Expr, alone: bool) -> None:
+    """Take a docstring's lines out of `lines`; where code shares them or nothing else is left, `pass` stands in."""
+    start, end = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+    first, last = lines[start], lines[end]
+    assert first is not None
+    assert last is not None
+    before = first.encode()[: node.col_offset].decode()  # ast counts bytes
+    after = last.encode()[node.end_col_offset :].decode()
+    lines[start : end + 1] = [None] * (end - start + 1)
+    if alone or before.strip() or after.strip():
+        lines[start] = f"{before}pass{after}"

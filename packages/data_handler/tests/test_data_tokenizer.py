@@ -1,0 +1,55 @@
+import json
+
+import pytest
+from bitnet_arch import save_master
+from bitnet_arch.gguf.tokenizer import read_tokenizer
+from bitnet_arch.testing import tiny_bitnet, tiny_tokenizer
+from data_handler import UserError, train_tokenizer
+from data_handler.corpus import encode
+
+TEXTS = ["the cat sat on the mat. " * 5, "def add(a, b):\n    return a + b\n", "naïve café, 12345 and 日本語"]
+
+
+def test_it_has_the_exact_size_and_every_byte_round_trips():
+    for size in (257, 300, 1000):
+        tokenizer = train_tokenizer(TEXTS, size)
+        assert len(tokenizer) == size
+        for text in [*TEXTS, "\x00\t 🎉 <|other|>"]:
+            assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 0)
+    assert len(train_tokenizer(TEXTS, 300)(TEXTS[0]).input_ids) < len(train_tokenizer(TEXTS, 257)(TEXTS[0]).input_ids)
+
+
+def test_training_twice_gives_the_same_tokenizer():
+    one, two = (train_tokenizer(iter(TEXTS * 20), 320) for _ in range(2))
+    assert one.backend_tokenizer.to_str() == two.backend_tokenizer.to_str()
+
+
+def test_a_model_directory_with_it_can_be_exported(tmp_path):
+    tokenizer = train_tokenizer(TEXTS, 512)
+    save_master(tiny_bitnet(vocab=512, layers=1), tmp_path / "m", tokenizer)
+    metadata = read_tokenizer(tmp_path / "m", 512)
+    assert (metadata.pre, metadata.eos_id, len(metadata.tokens)) == ("gpt-2", 0, 512)
+    assert metadata.chat_template == tokenizer.chat_template
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False) == (
+        "user: hi\nassistant: "
+    )
+    parts = [json.loads(t.backend_tokenizer.to_str()) for t in (tokenizer, tiny_tokenizer())]
+    assert parts[0]["pre_tokenizer"] == parts[1]["pre_tokenizer"]
+    assert parts[0]["decoder"] == parts[1]["decoder"]
+
+
+def test_text_that_looks_like_a_special_token_stays_text():
+    tokenizer = train_tokenizer(TEXTS, 300)
+    (ids,) = encode(["a <|endoftext|> b"], tokenizer)
+    assert (ids == 0).sum() == 1
+    assert ids[-1] == 0
+    assert tokenizer.decode(ids[:-1]) == "a <|endoftext|> b"
+    assert 0 in tokenizer("a <|endoftext|> b").input_ids  # control: a plain call does take it for the token
+
+
+def test_impossible_requests_are_refused():
+    with pytest.raises(UserError, match=r"vocab_size must be at least 257 .*, not 256"):
+        train_tokenizer(TEXTS, 256)
+    with pytest.raises(UserError, match="no text to train a tokenizer on"):
+        train_tokenizer([""], 300)

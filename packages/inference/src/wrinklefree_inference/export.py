@@ -1,0 +1,282 @@
+"""`export`: a model directory as a GGUF file that has been run and compared before it takes its name."""
+
+import argparse
+import json
+import os
+import pydoc_data.topics
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bitnet_arch import UserError, load_tokenizer, open_weights
+from bitnet_arch.checkpoint import WeightReader
+from bitnet_arch.gguf import TYPES, annotate_gguf, check_architecture, export_gguf
+from bitnet_arch.parity import EngineInfo, ParityBounds, ParityError, ParityReport, run_gate, tensor_types
+
+from wrinklefree_inference.llamacpp import NAME, EngineError, LlamaCpp
+
+KINDS = ("auto", "f16", *TYPES)
+SMALL_MODEL = 20_000_000
+SMALL_POSITIONS, LARGE_POSITIONS = 1000, 64
+MAX_WINDOW = 128
+"""Tokens a context has at most: the gate restarts it this often."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, in all)."""
+
+EXAMPLES = """examples:
+  python -m wrinklefree_inference export my-ternary --out my-ternary.gguf
+  python -m wrinklefree_inference export my-ternary --out small.gguf --type tq1_0
+
+A missed bound ends with exit code 1 and leaves no new file. FILE.parity.json holds every figure and its bound.
+"""
+
+
+def export_proven(
+    directory: Path | str,
+    out: Path | str,
+    kind: str = "auto",
+    positions: int | None = None,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Export a model directory to GGUF, prove the file with llama.cpp, and only then give it its name.
+
+    The report is written beside it as `OUT.parity.json` and, in short, into the file's metadata. What stood under the name before
+    stays if anything fails.
+
+    Args:
+        directory: master or packed model directory with a tokenizer.
+        out: the file to write.
+        kind: "auto", "f16", "tq1_0", "tq2_0" or "q2_0".
+        positions: next-token distributions to compare; by default 1,000, or 64 from 20 million parameters on. Fewer give a report
+            with status "unproven".
+        progress: told of the stages.
+
+    Returns:
+        A report with status "proven", or "unproven" with the reason: too few positions, or rounding noise that would hide errors.
+
+    Raises:
+        ParityError: if the file does not compute what was trained.
+        UserError: for a mistake in the arguments or the directory, or a full disk.
+    """
+    report_progress = progress or (lambda *_: None)
+    with open_weights(directory) as reader:
+        check_architecture(reader)
+        needed = default_positions(reader)
+        windows = probe_windows(reader, needed if positions is None else positions)
+    bounds = ParityBounds(min_positions=needed)
+    with _staging(Path(out)) as (stage, publish):
+        file = stage / "model.gguf"
+        export_gguf(directory, file, kind, lambda done, of: report_progress("writing", done, of))
+        report = _prove(directory, file, windows, bounds, report_progress)
+        if report.status == "failed":
+            raise ParityError(replace(report, reason=f"{Path(out).name} was not written: {report.reason}"))
+        publish(file, _dated(report))
+    return _dated(report)
+
+
+def export_unproven(
+    directory: Path | str,
+    out: Path | str,
+    kind: str = "auto",
+    reason: str = "the gate was skipped on request",
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Export a model directory to GGUF without running it; the report says so, in the sidecar and in the file.
+
+    Args:
+        directory: as in `export_proven`.
+        out: as in `export_proven`.
+        kind: as in `export_proven`.
+        reason: why nothing was proven.
+        progress: told of the stages.
+
+    Raises:
+        UserError: for a mistake in the arguments or the directory, or a full disk.
+    """
+    report_progress = progress or (lambda *_: None)
+    with _staging(Path(out)) as (stage, publish):
+        file = stage / "model.gguf"
+        export_gguf(directory, file, kind, lambda done, of: report_progress("writing", done, of))
+        report = _dated(ParityReport(status="unproven", reason=reason, types=tensor_types(file)))
+        publish(file, report)
+    return report
+
+
+def default_positions(reader: WeightReader) -> int:
+    """Return how many positions a proof of this model takes."""
+    parameters = 0
+    for name in reader.keys():  # noqa: SIM118
+        count = int(np.prod(reader.shape(name)))
+        parameters += count * 4 if reader.form == "packed" and reader.get(name).element_size() == 1 else count
+    return SMALL_POSITIONS if parameters < SMALL_MODEL else LARGE_POSITIONS
+
+
+def probe_windows(reader: WeightReader, positions: int) -> list[list[int]]:
+    """Cut the installed Python's documentation into token windows with `positions` or a few more positions in all.
+
+    Every window has the same length, at most 128 positions and the token that follows the last.
+
+    Raises:
+        UserError: if the text gives too few tokens, or tokens that the model does not have.
+    """
+    if positions < 1:
+        raise UserError(f"--positions must be at least 1, not {positions}")
+    limit = min(MAX_WINDOW, int(reader.config["max_position_embeddings"]) - 2)
+    if limit < 1:
+        raise UserError(f"{reader.directory} has a context of only {limit + 2} tokens, too short to probe: export with --unproven")
+    count = -(-positions // limit)
+    length = -(-positions // count)
+    needed = count * (length + 1)
+    topics = pydoc_data.topics.topics
+    text = "\n".join(topics[key] for key in sorted(topics))
+    tokenizer = load_tokenizer(reader.directory)
+    # Tokenising all of it takes seconds; 16 characters a token are more than enough for any but a broken tokenizer.
+    ids: list[int] = tokenizer(text[: 16 * needed], add_special_tokens=False).input_ids
+    if len(ids) < needed:
+        raise UserError(
+            f"the tokenizer of {reader.directory} makes only {len(ids)} tokens of the probe text, and {needed} are needed: "
+            "ask for fewer --positions or export with --unproven"
+        )
+    ids = ids[:needed]
+    if max(ids) >= reader.config["vocab_size"]:
+        raise UserError(
+            f"the tokenizer of {reader.directory} makes tokens that the model does not have: save the right one with it"
+        )
+    return [ids[start : start + length + 1] for start in range(0, needed, length + 1)]
+
+
+def _prove(directory: Path | str, file: Path, windows: list[list[int]], bounds: ParityBounds, progress: Progress) -> ParityReport:
+    total = sum(len(window) - 1 for window in windows)
+    done = 0
+
+    def on_position() -> None:
+        nonlocal done
+        done += 1
+        progress("engine", done, total)
+
+    def on_stage(stage: str, at: int, of: int) -> None:
+        if stage != "engine":
+            progress(stage, at, of)
+
+    try:
+        with LlamaCpp(file, context=2 * MAX_WINDOW, on_position=on_position) as engine:
+            return run_gate(directory, file, EngineInfo(engine.logprobs, NAME, engine.version), windows, bounds, on_stage)
+    except EngineError as error:
+        return ParityReport(status="failed", reason=str(error), engine=NAME, types=tensor_types(file))
+
+
+def _dated(report: ParityReport) -> ParityReport:
+    date = datetime.now(UTC).date().isoformat()
+    return replace(report, details={"date": date} | report.details)
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[tuple[Path, Callable[[Path, ParityReport], None]]]:
+    """Give a private folder beside `out` and a function that moves a finished file from it to `out`, with its sidecar."""
+    if out.is_dir():
+        raise UserError(f"{out} is a directory: give the name of a file to write")
+    stage: Path | None = None
+
+    def publish(file: Path, report: ParityReport) -> None:
+        assert stage is not None
+        annotated, sidecar = stage / "annotated.gguf", stage / "parity.json"
+        annotate_gguf(file, annotated, report.metadata())
+        sidecar.write_text(json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n")
+        final = out.with_name(f"{out.name}.parity.json")
+        # A sidecar never stands beside a file that it does not describe.
+        final.unlink(missing_ok=True)
+        os.replace(annotated, out)
+        os.replace(sidecar, final)
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        yield stage, publish
+    except OSError as error:
+        raise UserError(f"writing {out} failed ({error.strerror}): free some space or choose another output") from None
+    finally:
+        if stage is not None:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `export` to a command line; its `run` default takes the parsed namespace."""
+    parser = subparsers.add_parser(
+        "export",
+        help="write a model directory as a proven GGUF file",
+        description="Write a model directory as GGUF, run the file in llama.cpp, and compare it with what was trained.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", type=Path, help="a master or packed model directory")
+    parser.add_argument("--out", type=Path, required=True, help="the file to write")
+    parser.add_argument("--type", default="auto", choices=KINDS, help="of the ternary matrices (auto: exact for each width)")
+    parser.add_argument("--positions", type=int, help="distributions to compare (1000; 64 from 20 million parameters on)")
+    parser.add_argument("--unproven", action="store_true", help="skip the gate; the file is labelled unproven")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return 0, or 1 if the file was refused.
+
+    Raises:
+        UserError: for a mistake in the arguments or the directory.
+    """
+    if arguments.unproven and arguments.positions is not None:
+        raise UserError("--positions has no effect with --unproven: leave one of them out")
+    with _progress_bar() as progress:
+        try:
+            if arguments.unproven:
+                report = export_unproven(arguments.directory, arguments.out, arguments.type, progress=progress)
+            else:
+                report = export_proven(arguments.directory, arguments.out, arguments.type, arguments.positions, progress)
+        except ParityError as error:
+            if arguments.json:
+                print(json.dumps(error.report.to_json()))
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    if arguments.json:
+        print(json.dumps({"out": str(arguments.out), "bytes": arguments.out.stat().st_size} | report.to_json()))
+    else:
+        _print_report(arguments.out, report)
+    return 0
+
+
+def _print_report(out: Path, report: ParityReport) -> None:
+    size = out.stat().st_size
+    print(f"wrote {out} ({size:,} bytes, {report.status}{': ' + report.reason if report.reason else ''})")
+    if report.engine:
+        print(f"compared on {report.positions} positions with {report.engine} {report.engine_version}:")
+    for check in report.checks:
+        value = "-" if check.value is None else f"{check.value:.3g}"
+        verdict = {True: "holds", False: "missed", None: "undecided"}[check.holds]
+        print(f"  {check.name:<26} {value:>10} {check.op} {check.bound:<10.3g} {verdict}")
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = RichProgress(*columns, console=console, transient=True)
+    tasks: dict[str, Any] = {}
+
+    def show(stage: str, done: int, of: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage, total=of)
+        bar.update(tasks[stage], completed=done, total=of)
+
+    with bar if console.is_terminal else nullcontext():
+        yield show

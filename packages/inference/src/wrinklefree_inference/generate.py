@@ -1,0 +1,294 @@
+"""`generate`: text from a model directory (PyTorch) or a GGUF file (llama.cpp), written as it comes."""
+
+import argparse
+import json
+import math
+import os
+import queue
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitnet_arch import UserError, load_model, load_tokenizer
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from wrinklefree_inference.models import EngineOptions, resolve_model, start_engine
+
+Emit = Callable[[str], None]
+
+# llama.cpp ends a text at these by their spelling, whatever a file declares; both engines must stop at the same place.
+END_OF_TEXT = frozenset({"<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_text|>", "<end_of_turn>"})
+MAX_ENGINE_CONTEXT = 32768
+MAX_SEED = 2**32 - 2
+REPLACEMENT = "\ufffd"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to generate.
+
+    Attributes:
+        max_tokens: at most so many new tokens.
+        temperature: 0 takes the likeliest token; above, samples from the whole distribution (no top-k, no top-p).
+        seed: makes sampling reproducible within an engine (the two engines draw differently).
+
+    Raises:
+        UserError: on construction, for a value out of range.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise UserError(f"max tokens is {self.max_tokens}: give at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"temperature is {self.temperature}: give 0 (greedy) or more")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UserError(f"seed is {self.seed}: give a number from 0 to {MAX_SEED}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """A finished text.
+
+    Attributes:
+        text: without the prompt.
+        stop: "eos" (the model ended it) or "length".
+        prompt_tokens: tokens read.
+        tokens: tokens generated, an end-of-text token not counted.
+    """
+
+    text: str
+    stop: str
+    prompt_tokens: int
+    tokens: int
+
+
+class TextStream:
+    """Turns token ids into text piece by piece, holding back what is not yet whole UTF-8."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, emit: Emit) -> None:
+        self._tokenizer, self._emit = tokenizer, emit
+        self._ids: list[int] = []
+        self._from = 0  # first token of the window that is decoded again, so that the cost of a token stays constant
+        self._shown = 0  # characters of the window already emitted
+        self.text = ""
+
+    def push(self, token: int) -> None:
+        """Add one token and emit what it completes."""
+        self._ids.append(token)
+        window = self._decode()
+        if window.endswith(REPLACEMENT):
+            return
+        self._send(window[self._shown :])
+        self._from, self._shown = len(self._ids) - 1, len(self._text(self._ids[-1:]))
+
+    def close(self) -> None:
+        """Emit what was held back."""
+        self._send(self._decode()[self._shown :])
+        self._from, self._shown = len(self._ids), 0
+
+    def _decode(self) -> str:
+        return self._text(self._ids[self._from :])
+
+    def _text(self, ids: list[int]) -> str:
+        # "Cleaning up" would take spaces away that the model wrote.
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _send(self, piece: str) -> None:
+        if piece:
+            self.text += piece
+            self._emit(piece)
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """Return the ids that end a text: the model's, the tokenizer's, and those that llama.cpp ends at."""
+    ids: set[int] = {i for token, i in tokenizer.get_added_vocab().items() if token in END_OF_TEXT}
+    for value in (model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id):
+        ids |= set(value) if isinstance(value, list) else {value} if isinstance(value, int) else set()
+    return ids
+
+
+@torch.inference_mode()
+def token_ids(model: PreTrainedModel, prompt: Tensor, options: Options) -> Iterator[int]:
+    """Yield new tokens one at a time, with a key-value cache, without end.
+
+    Args:
+        model: in evaluation mode.
+        prompt: int64 `[1, T]`, T at least 1.
+        options: its `max_tokens` is the caller's business.
+    """
+    generator = torch.Generator().manual_seed(options.seed)
+    step, cache = prompt, None
+    while True:
+        output = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits, cache = output.logits[0, -1].double().cpu(), output.past_key_values
+        if options.temperature == 0:
+            token = int(logits.argmax())
+        else:
+            token = int(torch.multinomial((logits / options.temperature).softmax(-1), 1, generator=generator))
+        yield token
+        step = torch.tensor([[token]], device=prompt.device)
+
+
+def generate_torch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, options: Options, emit: Emit
+) -> Generated:
+    """Generate with PyTorch.
+
+    Raises:
+        UserError: if the prompt has no token or leaves no room for one.
+    """
+    ids = tokenizer(prompt).input_ids
+    _check_length(len(ids), model.config.max_position_embeddings)
+    budget = min(options.max_tokens, model.config.max_position_embeddings - len(ids))
+    ends, stream, count, stop = end_token_ids(model, tokenizer), TextStream(tokenizer, emit), 0, "length"
+    for token in token_ids(model, torch.tensor([ids]), options):
+        if token in ends:
+            stop = "eos"
+            break
+        stream.push(token)
+        count += 1
+        if count == budget:
+            break
+    stream.close()
+    return Generated(text=stream.text, stop=stop, prompt_tokens=len(ids), tokens=count)
+
+
+def generate_llamacpp(file: Path, prompt: str, options: Options, emit: Emit) -> Generated:
+    """Generate with llama.cpp.
+
+    Raises:
+        UserError: if the engine cannot load the file, or the prompt has no token or does not fit.
+    """
+    # A token of a byte-level tokenizer is at least one byte, so this is always enough.
+    context = min(len(prompt.encode()) + options.max_tokens + 16, MAX_ENGINE_CONTEXT)
+    # The engine listens on loopback even when it is called in process; a random key keeps others out.
+    server = start_engine(file, EngineOptions(context=context, keys=(secrets.token_hex(16),)))
+    request = {
+        "prompt": prompt,
+        "max_tokens": options.max_tokens,
+        "temperature": options.temperature,
+        "seed": options.seed,
+        "stream": True,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+    }
+    text, last = "", {}
+    with closing(_events(server, request)) as events:
+        for event in events:
+            if "error" in event:
+                raise UserError(f"llama.cpp refused the prompt: {event['error'].get('message', event['error'])}")
+            last = event
+            if piece := event["choices"][0]["text"]:
+                text += piece
+                emit(piece)
+    usage = last["usage"]
+    _check_length(usage["prompt_tokens"], context)
+    stop = "eos" if last["choices"][0]["finish_reason"] == "stop" else "length"
+    tokens = usage["completion_tokens"] - (stop == "eos")
+    return Generated(text=text, stop=stop, prompt_tokens=usage["prompt_tokens"], tokens=tokens)
+
+
+def _events(server: Any, request: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
+    """Yield the engine's events.
+
+    The engine runs in a thread: its call would hold Ctrl-C back until the whole text is there.
+    """
+    events: queue.Queue[dict[str, Any] | BaseException | None] = queue.Queue()
+    stopped = threading.Event()
+
+    def receive(event: dict[str, Any]) -> bool:
+        events.put(event)
+        return stopped.is_set()
+
+    def work() -> None:
+        try:
+            server.handle_completions(request, receive)
+            events.put(None)
+        except BaseException as error:
+            events.put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (event := events.get()) is not None:
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _check_length(tokens: int, context: int) -> None:
+    if tokens == 0:
+        raise UserError("the prompt is empty: give some text to continue")
+    if tokens >= context:
+        raise UserError(f"the prompt has {tokens} tokens, but the model reads at most {context - 1}: shorten it")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `generate` to a command line; its `run` default takes the parsed namespace."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="continue a prompt",
+        description="Continue a prompt: a model directory runs in PyTorch, a GGUF file in llama.cpp.",
+    )
+    parser.add_argument("model", help="a model directory or a .gguf file")
+    parser.add_argument("prompt", help="the text to continue")
+    parser.add_argument("--max-tokens", type=int, default=128, help="at most so many new tokens (128)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default); above, samples")
+    parser.add_argument("--seed", type=int, default=0, help="makes sampling reproducible (0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command.
+
+    Raises:
+        UserError: for a mistake in the arguments or the model.
+    """
+    options = Options(max_tokens=arguments.max_tokens, temperature=arguments.temperature, seed=arguments.seed)
+    model = resolve_model(arguments.model)
+    prompt: str = arguments.prompt
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("the prompt is not valid UTF-8 text: check the terminal's encoding") from None
+    if not prompt:
+        raise UserError("the prompt is empty: give some text to continue")
+    emit: Emit = (lambda piece: None) if arguments.json else _print_piece
+    try:
+        start = time.perf_counter()
+        if model.kind == "gguf":
+            result = generate_llamacpp(model.path, prompt, options, emit)
+        else:
+            result = generate_torch(load_model(model.path), load_tokenizer(model.path), prompt, options, emit)
+        seconds = time.perf_counter() - start
+        if arguments.json:
+            engine = "llama.cpp" if model.kind == "gguf" else "pytorch"
+            answer = {"model": str(model.path), "engine": engine, "prompt": prompt, **asdict(result), **asdict(options)}
+            print(json.dumps(answer | {"seconds": round(seconds, 3)}, ensure_ascii=False), flush=True)
+        else:
+            print(flush=True)
+    except BrokenPipeError:
+        # The reader (such as `head`) has enough; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _print_piece(piece: str) -> None:
+    print(piece, end="", flush=True)

@@ -1,0 +1,203 @@
+"""`export`: a file takes its name only when it is proven, and what it says about itself."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from bitnet_arch import ConversionConfig, UserError, convert_model, open_weights, save_master, save_packed
+from bitnet_arch.gguf import export_gguf, read_gguf
+from bitnet_arch.parity import ParityError
+from bitnet_arch.testing import tiny_bitnet, tiny_llama, tiny_tokenizer, train_tiny
+from wrinklefree_inference import export
+from wrinklefree_inference.cli import main
+from wrinklefree_inference.export import default_positions, export_proven, probe_windows
+from wrinklefree_inference.llamacpp import EngineError, LlamaCpp
+
+SHAPE = {"hidden": 64, "ffn": 128, "layers": 2}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return train_tiny(tiny_bitnet(**SHAPE), steps=60)
+
+
+@pytest.fixture(scope="module")
+def directory(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / "m"
+    save_master(model, path, tiny_tokenizer())
+    return path
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_the_command_proves_a_model_on_1000_positions(directory, tmp_path, capsys):
+    stages = set()
+    assert main(["export", str(directory), "--out", str(tmp_path / "model.gguf"), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    sidecar = json.loads((tmp_path / "model.gguf.parity.json").read_text())
+    assert names(tmp_path) == ["model.gguf", "model.gguf.parity.json"]
+    assert (sidecar["status"], sidecar["reason"], sidecar["positions"]) == ("proven", "", 1000)
+    assert printed["bytes"] == (tmp_path / "model.gguf").stat().st_size
+    assert {k: v for k, v in printed.items() if k in sidecar} == sidecar
+    assert all(check["holds"] is not False for check in sidecar["checks"])
+    assert sidecar["types"]["blk.0.ffn_up.weight"] == "q2_0"
+    metadata = read_gguf(tmp_path / "model.gguf").metadata
+    assert metadata["wrinklefree.parity.status"] == "proven"
+    assert metadata["wrinklefree.parity.engine"] == "llama.cpp (xllamacpp)"
+    figures = {check["name"]: check["value"] for check in sidecar["checks"]}
+    assert metadata["wrinklefree.parity.engine.mean_kl.value"] == figures["engine.mean_kl"] < 1e-4
+    # The annotated file, not only the one that was compared, loads in the engine and holds the same tensors.
+    export_gguf(directory, tmp_path / "plain.gguf")
+    plain, proven = read_gguf(tmp_path / "plain.gguf"), read_gguf(tmp_path / "model.gguf")
+    assert all(np.array_equal(plain.raw(name), proven.raw(name)) for name in plain.tensors)
+    with LlamaCpp(tmp_path / "model.gguf") as engine:
+        assert np.isfinite(engine.logprobs([5, 6, 7])).all()
+    assert not stages
+
+
+def test_a_packed_directory_is_compared_with_its_own_matrices(model, tmp_path):
+    save_packed(model, tmp_path / "p", tiny_tokenizer())
+    report = export_proven(tmp_path / "p", tmp_path / "out.gguf", positions=40)
+    assert report.failed_checks() == []
+    assert report.status == "unproven"
+
+
+def test_too_few_positions_are_not_called_a_proof(directory, tmp_path):
+    stages = {}
+    report = export_proven(directory, tmp_path / "out.gguf", "f16", 40, lambda stage, done, of: stages.update({stage: (done, of)}))
+    assert (report.status, report.reason) == ("unproven", "only 40 positions were compared, and a proof needs 1000")
+    assert read_gguf(tmp_path / "out.gguf").metadata["wrinklefree.parity.status"] == "unproven"
+    assert set(stages) == {"writing", "bytes", "layers", "engine"}
+    assert stages["engine"] == (40, 40)
+
+
+def test_unproven_skips_the_engine_and_says_so(directory, tmp_path, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the engine was started")
+
+    monkeypatch.setattr(export, "LlamaCpp", refuse)
+    assert main(["export", str(directory), "--out", str(tmp_path / "out.gguf"), "--unproven"]) == 0
+    assert "unproven: the gate was skipped on request" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.gguf.parity.json").read_text())["status"] == "unproven"
+
+
+def test_a_missed_bound_leaves_no_file_and_keeps_the_previous_one(directory, tmp_path, monkeypatch, capsys):
+    def export_with_a_wrong_scale(source, out, *args):
+        report = export_gguf(source, out, *args)
+        info = read_gguf(out).tensors["blk.0.ffn_gate.weight"]
+        blocks = np.memmap(out, np.uint8, "r+", info.offset, (info.nbytes // 18, 18))
+        scales = blocks[:, :2].view(np.float16)
+        scales[:] = (scales.astype(np.float32) * 1.01).astype(np.float16)
+        return report
+
+    monkeypatch.setattr(export, "export_gguf", export_with_a_wrong_scale)
+    (tmp_path / "kept.gguf").write_bytes(b"previous")
+    for name in ("new.gguf", "kept.gguf"):
+        assert main(["export", str(directory), "--out", str(tmp_path / name), "--positions", "40"]) == 1
+        captured = capsys.readouterr()
+        assert captured.err == f"error: {name} was not written: the file differs from its source in blk.0.ffn_gate.weight\n"
+    assert names(tmp_path) == ["kept.gguf"]
+    assert (tmp_path / "kept.gguf").read_bytes() == b"previous"
+    with pytest.raises(ParityError) as caught:
+        export_proven(directory, tmp_path / "new.gguf", positions=40)
+    assert caught.value.report.failed_checks() == ["bytes"]
+
+
+def test_an_engine_that_dies_is_a_missed_proof(directory, tmp_path, monkeypatch):
+    class Dying(LlamaCpp):
+        def logprobs(self, ids):
+            self._process.kill()
+            self._process.wait()
+            return super().logprobs(ids)
+
+    monkeypatch.setattr(export, "LlamaCpp", Dying)
+    with pytest.raises(ParityError, match=r"out\.gguf was not written: llama\.cpp does not answer \(it has stopped\)"):
+        export_proven(directory, tmp_path / "out.gguf", positions=4)
+    assert names(tmp_path) == []
+
+
+def test_an_engine_refuses_a_damaged_file(directory, tmp_path):
+    export_gguf(directory, tmp_path / "out.gguf")
+    (tmp_path / "out.gguf").write_bytes((tmp_path / "out.gguf").read_bytes()[:5000])
+    with pytest.raises(EngineError, match=r"could not load .*out\.gguf"):
+        LlamaCpp(tmp_path / "out.gguf")
+
+
+def test_an_interrupt_leaves_nothing(directory, tmp_path, monkeypatch, capsys):
+    engines = []
+
+    class Seen(LlamaCpp):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            engines.append(self)
+
+        def logprobs(self, ids):
+            super().logprobs(ids[:2])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "LlamaCpp", Seen)
+    assert main(["export", str(directory), "--out", str(tmp_path / "out.gguf"), "--positions", "20"]) == 75
+    assert "interrupted" in capsys.readouterr().err
+    assert names(tmp_path) == []
+    assert engines[0]._process.poll() is not None
+
+
+def test_a_full_disk_leaves_nothing(directory, tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "annotate_gguf", full)
+    assert main(["export", str(directory), "--out", str(tmp_path / "out.gguf"), "--unproven"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{m}", "--type", "tq2_0"], "has rows of 64, but TQ2_0 needs a multiple of 256"),
+        (["{m}", "--positions", "0"], "--positions must be at least 1, not 0"),
+        (["{m}", "--positions", "9", "--unproven"], "--positions has no effect with --unproven"),
+        (["{m}/none"], "is not a model directory"),
+        (["{untied}"], "untied head"),
+        (["{float}"], "only a SubLN'd model"),
+    ],
+    ids=["width", "positions", "no-effect", "missing", "untied", "float"],
+)
+def test_mistakes_end_in_one_sentence(arguments, words, directory, tmp_path, capsys):
+    places = {"m": directory, "untied": tmp_path / "u", "float": tmp_path / "f"}
+    save_master(convert_model(tiny_llama(tied=False, **SHAPE), ConversionConfig(gain="one")), places["untied"], tiny_tokenizer())
+    save_master(tiny_llama(**SHAPE), places["float"], tiny_tokenizer())
+    given = [argument.format(**places) for argument in arguments]
+    assert main(["export", *given, "--out", str(tmp_path / "out.gguf")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert words in captured.err
+    assert names(tmp_path) == ["f", "u"]
+
+
+def test_a_directory_as_output_is_refused(directory, tmp_path):
+    with pytest.raises(UserError, match="is a directory"):
+        export_proven(directory, tmp_path, positions=4)
+
+
+def test_probe_windows_cover_what_is_asked_for_and_large_models_take_64(directory, tmp_path):
+    with open_weights(directory) as reader:
+        assert default_positions(reader) == 1000
+        windows = probe_windows(reader, 1000)
+        assert [len(window) for window in windows] == [126] * 8
+        assert len({tuple(window) for window in windows}) == 8
+        assert probe_windows(reader, 1000) == windows
+        assert [len(window) for window in probe_windows(reader, 64)] == [65]
+    shutil.copytree(directory, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 12}))
+    with open_weights(tmp_path / "m") as reader:
+        assert {len(window) for window in probe_windows(reader, 100)} == {11}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    with open_weights(tmp_path / "m") as reader, pytest.raises(UserError, match="tokens that the model does not have"):
+        probe_windows(reader, 100)

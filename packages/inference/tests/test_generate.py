@@ -1,0 +1,205 @@
+"""`generate`: both engines, the same text, the same mistakes."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from bitnet_arch import load_model, load_tokenizer, pack_model, save_master, save_packed
+from bitnet_arch.gguf import export_gguf
+from bitnet_arch.testing import TEXT, tiny_bitnet, tiny_llama, tiny_tokenizer
+from torch.nn import functional as F
+from wrinklefree_inference.cli import main
+from wrinklefree_inference.generate import Options, TextStream, generate_llamacpp, generate_torch, token_ids
+
+PROMPT = "A ternary weight"
+NEAR_TIE = 0.2  # nats, as in the parity gate
+ENGINES = ["pytorch", "llama.cpp"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny ternary model that knows one text and that it ends, as a directory and as a GGUF file."""
+    folder = tmp_path_factory.mktemp("generate")
+    tokenizer, model = tiny_tokenizer(), tiny_bitnet(layers=1).train()
+    ids = torch.tensor([*tokenizer(TEXT).input_ids, tokenizer.eos_token_id]).repeat(2)
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(100):
+        rows = torch.stack([ids[s : s + 41] for s in torch.randint(0, len(ids) - 40, (8,))])
+        logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    save_master(model, folder / "master", tokenizer)
+    save_packed(pack_model(model), folder / "packed", tokenizer)
+    export_gguf(folder / "master", folder / "model.gguf")
+    return folder
+
+
+def generate(folder, engine, prompt=PROMPT, emit=lambda piece: None, **options):
+    if engine == "llama.cpp":
+        return generate_llamacpp(folder / "model.gguf", prompt, Options(**options), emit)
+    directory = folder / "master"
+    return generate_torch(load_model(directory), load_tokenizer(directory), prompt, Options(**options), emit)
+
+
+@torch.no_grad()
+def test_the_engines_agree_until_a_near_tie_and_the_cache_changes_nothing(trained):
+    model, tokenizer = load_model(trained / "master"), load_tokenizer(trained / "master")
+    ids, margins = list(tokenizer(PROMPT).input_ids), []
+    start = len(ids)
+    for _ in range(40):  # the whole sequence again for each token: no cache
+        top = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].double().log_softmax(-1).topk(2)
+        margins.append(float(top.values[0] - top.values[1]))
+        ids.append(int(top.indices[0]))
+    cached = token_ids(model, torch.tensor([ids[:start]]), Options())
+    assert [next(cached) for _ in range(40)] == ids[start:]
+    length = [*ids, tokenizer.eos_token_id].index(tokenizer.eos_token_id) - start
+    sure = next((i for i, margin in enumerate(margins[:length]) if margin < NEAR_TIE), length)
+    assert sure >= 15, "too few certain tokens to compare"
+    expected = tokenizer.decode(ids[start : start + sure])
+    for engine in ENGINES:
+        assert generate(trained, engine, max_tokens=40).text.startswith(expected), engine
+
+
+def test_a_packed_directory_says_what_its_master_says(trained, capsys):
+    texts = []
+    for form in ("master", "packed"):
+        assert main(["generate", str(trained / form), PROMPT, "--max-tokens", "12"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith(" is minus one")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_sampling_follows_the_seed_and_greedy_does_not(engine, trained):
+    hot = [generate(trained, engine, max_tokens=16, temperature=3.0, seed=seed).text for seed in (1, 1, 2)]
+    assert hot[0] == hot[1]
+    assert hot[0] != hot[2]
+    cold = [generate(trained, engine, max_tokens=16, seed=seed).text for seed in (1, 2)]
+    assert cold[0] == cold[1] != hot[0]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_text_ends_where_the_model_ends_it_or_at_the_limit(engine, trained):
+    prompt = TEXT[TEXT.index("for i") : TEXT.index("print(i, add") + 8]
+    ended = generate(trained, engine, prompt, max_tokens=60)
+    assert (ended.text, ended.stop) == (TEXT.partition(prompt)[2], "eos")
+    tokens = len(load_tokenizer(trained / "master")(prompt + ended.text).input_ids) - ended.prompt_tokens
+    assert ended.tokens == tokens
+    cut = generate(trained, engine, prompt, max_tokens=tokens - 1)
+    assert (cut.stop, cut.tokens) == ("length", tokens - 1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_context_is_never_exceeded(engine, trained):
+    result = generate(trained, engine, "add " * 120, max_tokens=2000, temperature=5.0)
+    assert result.prompt_tokens + result.tokens <= 512
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_pieces_come_one_by_one_and_make_the_text(engine, trained):
+    pieces = []
+    result = generate(trained, engine, emit=pieces.append, max_tokens=10)
+    assert len(pieces) >= 8
+    assert "".join(pieces) == result.text
+
+
+def test_a_model_that_ends_at_once_says_nothing():
+    model, tokenizer = tiny_llama(tied=False, layers=1), tiny_tokenizer()
+    torch.nn.init.zeros_(model.lm_head.weight)  # all logits equal: the likeliest is the first, end of text
+    result = generate_torch(model, tokenizer, PROMPT, Options(), lambda piece: None)
+    assert (result.text, result.stop, result.tokens) == ("", "eos", 0)
+
+
+@pytest.mark.parametrize("text", ["naïve ☃ 日本語 🙂!", "🙂🙂", "plain", "ends in ☃"])
+def test_streamed_text_never_shows_half_a_character(text):
+    tokenizer, pieces = tiny_tokenizer(), []
+    stream = TextStream(tokenizer, pieces.append)
+    for token in tokenizer(text).input_ids:
+        stream.push(token)
+    stream.close()
+    assert "".join(pieces) == stream.text == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    alone = "".join(tokenizer.decode([token]) for token in tokenizer(text).input_ids)
+    assert ("\ufffd" in alone) == (not text.isascii())
+
+
+def test_streamed_text_keeps_bytes_that_are_no_character():
+    tokenizer, pieces = tiny_tokenizer(), []
+    stream = TextStream(tokenizer, pieces.append)
+    for token in tokenizer("☃").input_ids[:2]:
+        stream.push(token)
+    assert pieces == []
+    stream.close()
+    assert "".join(pieces) == "\ufffd"
+
+
+@pytest.mark.parametrize("name", ["master", "model.gguf"])
+def test_json_has_the_same_text_as_the_stream(name, trained, capsys):
+    arguments = ["generate", str(trained / name), PROMPT, "--max-tokens", "8"]
+    assert main(arguments) == 0
+    streamed = capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["text"] + "\n" == streamed
+    assert (answer["tokens"], answer["max_tokens"], answer["stop"]) == (8, 8, "length")
+    assert answer["engine"] == ("llama.cpp" if name.endswith("gguf") else "pytorch")
+
+
+def mistakes():
+    long = "a " * 3000
+    yield "missing", ["nowhere", PROMPT], "does not exist"
+    yield "no config", [".", PROMPT], "no config.json"
+    yield "no GGUF", ["junk.gguf", PROMPT], "not a GGUF file"
+    yield "truncated", ["truncated.gguf", PROMPT], "could not load"
+    yield "empty prompt", ["master", ""], "prompt is empty"
+    yield "bad UTF-8", ["master", "a\udcff"], "not valid UTF-8"
+    yield "long prompt", ["master", long], "shorten it"
+    yield "long prompt, engine", ["model.gguf", long], "context"
+    yield "no tokens", ["master", PROMPT, "--max-tokens", "0"], "at least 1"
+    yield "temperature", ["master", PROMPT, "--temperature", "nan"], "temperature is nan"
+    yield "seed", ["master", PROMPT, "--seed", "-1"], "seed is -1"
+
+
+@pytest.mark.parametrize(("arguments", "words"), [m[1:] for m in mistakes()], ids=[m[0] for m in mistakes()])
+def test_a_mistake_is_one_sentence(arguments, words, trained, capfd, monkeypatch):
+    monkeypatch.chdir(trained)
+    (trained / "junk.gguf").write_text("hello")
+    whole = (trained / "model.gguf").read_bytes()
+    (trained / "truncated.gguf").write_bytes(whole[: len(whole) // 2])
+    assert main(["generate", *arguments]) == 2
+    captured = capfd.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert words in captured.err
+    assert captured.out == ""
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "wrinklefree_inference", "generate", *map(str, arguments)]
+
+
+@pytest.mark.slow
+def test_a_reader_that_stops_reading_is_no_error(trained):
+    arguments = (trained / "model.gguf", PROMPT, "--max-tokens", 400, "--temperature", 5)
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert process.stderr.read() == b""
+
+
+def test_ctrl_c_ends_a_generation_without_a_traceback(trained):
+    arguments = (trained / "master", PROMPT, "--max-tokens", 480, "--temperature", 5)
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert errors.decode().count("\n") == 1

@@ -1,0 +1,133 @@
+"""One arm of a run: training one model, with its callbacks, from wherever it was left."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from bitnet_arch import UserError
+from data_handler import PackedStream
+from pytorch_lightning.loggers import Logger
+from transformers import PreTrainedModel
+
+from wrinklefree.callbacks import Checkpoints, Heldout, Interruption, Metrics, Progress, newest_checkpoint
+from wrinklefree.config import RunConfig
+from wrinklefree.evaluation import heldout_loss
+from wrinklefree.module import TernaryModule
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What an arm ended with: the trained model, its held-out loss (nats a token) and its costs, or that it was interrupted."""
+
+    model: PreTrainedModel
+    heldout_loss: float
+    tokens: int
+    seconds: float
+    interrupted: bool
+    checkpoint: Path | None
+
+
+def train_arm(
+    title: str,
+    model: PreTrainedModel,
+    train: PackedStream,
+    heldout: PackedStream,
+    config: RunConfig,
+    directory: Path,
+    *,
+    quantized: bool,
+    resume: Path | None,
+    logger: Logger | None,
+) -> ArmResult:
+    """Train `model` for `config.training.max_steps` steps.
+
+    Args:
+        title: for the progress bar and the logger.
+        model: with `BitLinear` layers; trained in place.
+        train: training rows.
+        heldout: rows that are never trained on.
+        config: the run.
+        directory: receives `metrics.jsonl` and `checkpoints/`.
+        quantized: whether lambda follows its schedule or stays 0.
+        resume: the checkpoint to continue from.
+        logger: where figures go beside `metrics.jsonl`.
+
+    Raises:
+        UserError: if the checkpoint cannot be read, or a file cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    module = TernaryModule(model.train(), train, config, quantized=quantized)
+    interruption = Interruption()
+    training = config.training
+    callbacks = [
+        interruption,
+        Heldout(heldout, training.eval_every),
+        Metrics(directory / "metrics.jsonl", title),
+        Progress(title),
+        Checkpoints(directory / "checkpoints", training.checkpoint_every, training.keep_checkpoints),
+    ]
+    with interruption, _quiet_lightning():
+        trainer = build_trainer(config, callbacks, logger)
+        try:
+            trainer.fit(module, ckpt_path=resume, weights_only=True)
+        except SystemExit:  # Lightning's answer to a second Ctrl-C
+            raise KeyboardInterrupt from None
+        except (EOFError, RuntimeError, KeyError) as error:
+            if resume is not None and module.rows_seen == 0:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{resume} is damaged or of another model ({reason}): resume from an older checkpoint") from error
+            raise
+    model.eval()
+    stopped = interruption.interrupted
+    return ArmResult(
+        model,
+        float("nan") if stopped else heldout_loss(model, heldout),
+        module.tokens_seen,
+        module.elapsed,
+        stopped,
+        newest_checkpoint(directory / "checkpoints"),
+    )
+
+
+def build_trainer(config: RunConfig, callbacks: list[pl.Callback], logger: Logger | None) -> pl.Trainer:
+    """Return the Lightning trainer of a run: our callbacks instead of its own bars, checkpoints and validation."""
+    distributed = config.distributed
+    if distributed.accelerator == "cuda" and not torch.cuda.is_available():
+        raise UserError("distributed.accelerator=cuda, but PyTorch sees no CUDA device: use distributed.accelerator=cpu")
+    return pl.Trainer(
+        accelerator=distributed.accelerator,
+        devices=distributed.devices,
+        strategy="ddp" if distributed.strategy == "ddp" else "auto",
+        precision=config.training.precision,
+        max_steps=config.training.max_steps,
+        max_epochs=-1,
+        limit_val_batches=0,
+        logger=logger or False,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Silence Lightning's hints about what this trainer does on purpose."""
+    logs = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pytorch_lightning.*")
+        warnings.filterwarnings("ignore", module="lightning_fabric.*")
+        try:
+            yield
+        finally:
+            for log, level in zip(logs, levels, strict=True):
+                log.setLevel(level)

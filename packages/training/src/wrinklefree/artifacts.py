@@ -1,0 +1,98 @@
+"""What a finished run leaves behind beside the model: GGUF, plot, sample and summary."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitnet_arch import UserError
+from bitnet_arch.gguf import export_gguf
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from wrinklefree.callbacks import read_metrics
+
+SAMPLE_TOKENS = 48
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that the final name never holds half of it."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def export(model_directory: Path, out: Path) -> dict[str, Any]:
+    """Write the GGUF with its parity report, through the `export` command of wrinklefree-inference.
+
+    Training imports no app: the command runs as a process of its own. Where it is not installed the file is written all the
+    same and labelled unproven.
+
+    Returns:
+        `{"status": "proven" | "unproven" | "failed" | "refused", "note": one sentence}`.
+    """
+    sidecar = out.with_name(out.name + ".parity.json")
+    if importlib.util.find_spec("wrinklefree_inference") is None:
+        note = "wrinklefree-inference is not installed, so no engine has run this file"
+        try:
+            export_gguf(model_directory, out)
+        except UserError as error:
+            return {"status": "refused", "note": str(error)}
+        write_json(sidecar, {"status": "unproven", "reason": note})
+        return {"status": "unproven", "note": note}
+    command = [sys.executable, "-m", "wrinklefree_inference", "export", str(model_directory), "--out", str(out)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode == 0:
+        status = json.loads(sidecar.read_text())["status"]
+        return {"status": status, "note": f"see {sidecar.name}"}
+    lines = done.stderr.strip().splitlines() or [f"export ended with code {done.returncode}"]
+    return {"status": "refused" if done.returncode == 2 else "failed", "note": lines[-1].removeprefix("error: ")}
+
+
+def plot_losses(out: Path, arms: dict[str, Path]) -> None:
+    """Draw training and held-out loss of every arm against tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for (name, path), colour in zip(arms.items(), ("tab:blue", "tab:orange"), strict=False):
+        lines = read_metrics(path)
+        axes.plot([x["tokens"] for x in lines], [x["loss"] for x in lines], colour, alpha=0.6, lw=1, label=f"{name}, training")
+        held = [x for x in lines if "heldout_loss" in x]
+        axes.plot([x["tokens"] for x in held], [x["heldout_loss"] for x in held], colour, marker="o", label=f"{name}, held-out")
+    axes.set(xlabel="tokens", ylabel="loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    temporary = out.with_name(f".{out.stem}.partial.png")
+    figure.savefig(temporary, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    os.replace(temporary, out)
+
+
+@torch.no_grad()
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, seed: int) -> str:
+    """Return `prompt` continued by the model (temperature 0.8, top-k 40)."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        out = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=SAMPLE_TOKENS,
+            do_sample=True,
+            temperature=0.8,
+            top_k=40,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+def finite(value: float) -> float | None:
+    """Return `value`, or None where JSON has no number for it."""
+    return value if math.isfinite(value) else None

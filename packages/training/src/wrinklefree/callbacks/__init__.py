@@ -1,0 +1,9 @@
+"""One behaviour a file."""
+
+from wrinklefree.callbacks.checkpoints import Checkpoints, newest_checkpoint
+from wrinklefree.callbacks.heldout import Heldout
+from wrinklefree.callbacks.interruption import Interruption
+from wrinklefree.callbacks.metrics import Metrics, read_metrics
+from wrinklefree.callbacks.progress import Progress
+
+__all__ = ["Checkpoints", "Heldout", "Interruption", "Metrics", "Progress", "newest_checkpoint", "read_metrics"]

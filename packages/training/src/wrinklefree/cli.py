@@ -1,0 +1,182 @@
+"""Command line: `python -m wrinklefree [key=value ...]`, configured by Hydra's groups."""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from bitnet_arch import UserError
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wrinklefree.config import RunConfig, from_mapping
+
+DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 75
+
+HELP = """usage: train_lightning.py [key=value ...]
+
+Trains a 1.58-bit language model and leaves a model directory, a proven GGUF file, metrics and a plot.
+
+groups (group=choice):
+{groups}
+
+common keys:
+  output_dir=DIR             the run directory (default: outputs/MODEL-DATE)
+  resume=auto|none|PATH      continue from the newest checkpoint in output_dir (auto), refuse to, or from a file
+  training.max_steps=N       optimiser steps
+  training.seed=N            of weights, data order and sampling
+  model.pretrained=DIR|ID    the model directory or hub id to start from
+
+examples:
+  uv run python scripts/train_lightning.py
+  uv run python scripts/train_lightning.py model=smollm2_135m training=base
+  uv run python scripts/train_lightning.py training=smoke output_dir=outputs/try
+  uv run python scripts/train_lightning.py data=text 'data.sources.0.path=notes/*.txt'
+
+  --cfg   print the whole configuration and stop
+
+exit codes: 0 done, 1 failed, 2 a mistake in the command, 75 interrupted and resumable
+"""
+
+
+def configs_directory(package: str) -> Path:
+    """Return a member's `configs/`: inside the installed wheel, or beside `src/` in the source tree."""
+    spec = find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    inside = Path(spec.origin).parent / "configs"
+    return inside if inside.is_dir() else Path(spec.origin).parents[2] / "configs"
+
+
+def search_path() -> list[Path]:
+    """Return the folders with further groups and presets: data_handler's, and `configs/` where the command is run."""
+    return [path for path in (configs_directory("data_handler"), Path.cwd() / "configs") if path.is_dir()]
+
+
+def load_run_config(overrides: Sequence[str]) -> RunConfig:
+    """Compose and check the configuration.
+
+    Raises:
+        UserError: naming the key or choice that is wrong and what would be right.
+    """
+    values = compose_values(overrides)
+    if values.get("output_dir") is None:
+        # Processes that Lightning starts later must choose the same name.
+        stamp = os.environ.setdefault("WF_RUN_STAMP", time.strftime("%Y%m%d-%H%M%S"))
+        values["output_dir"] = str(Path("outputs") / f"{values['model']['name']}-{stamp}")
+    return from_mapping(RunConfig, values)
+
+
+def compose_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the composed configuration as plain values."""
+    paths = ",".join(f"file://{path}" for path in search_path())
+    try:
+        with initialize_config_dir(str(configs_directory("wrinklefree").resolve()), version_base="1.3"):
+            composed = compose("train", overrides=[*map(_forced, overrides), f"hydra.searchpath=[{paths}]"])
+            values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_sentence(error)) from None
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _forced(override: str) -> str:
+    """Let a plain `key=value` set a key that no YAML file mentions; our own check, with a better message, follows."""
+    key, equals, _ = override.partition("=")
+    settable = equals and key and (key[0].isalpha() or key[0] == "_") and "@" not in key and key not in group_choices()
+    return f"++{override}" if settable else override
+
+
+def _one_sentence(error: Exception) -> str:
+    """Shorten Hydra's message to one sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if any(line.startswith("Available options in") for line in lines):
+        start = next(i for i, line in enumerate(lines) if line.startswith("Available options in"))
+        missing = next((line for line in lines if line.startswith("Could not find")), "unknown choice").rstrip(".")
+        choices = [line for line in lines[start + 1 :] if "/" not in line and ":" not in line]
+        return f"{missing}: choose one of {', '.join(choices)}"
+    first = lines[0].rstrip(".:") if lines else type(error).__name__
+    return f"{first} (--help lists groups and keys, --cfg prints the whole configuration)"
+
+
+def group_choices() -> dict[str, list[str]]:
+    """Return every group with its choices."""
+    roots = [configs_directory("wrinklefree"), *search_path()]
+    groups: dict[str, list[str]] = {}
+    for root in roots:
+        for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+            groups.setdefault(folder.name, []).extend(sorted(file.stem for file in folder.glob("*.yaml")))
+    return groups
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if any(argument in ("-h", "--help") for argument in arguments):
+        groups = "\n".join(f"  {name:<12} {', '.join(choices)}" for name, choices in group_choices().items())
+        print(HELP.format(groups=groups))
+        return DONE
+    show = "--cfg" in arguments
+    try:
+        flags = [a for a in arguments if a.startswith("-") and a != "--cfg"]
+        if flags:
+            raise UserError(f"unknown option {flags[0]}: settings are given as key=value, see --help")
+        overrides = [a for a in arguments if a != "--cfg"]
+        if show:
+            print(OmegaConf.to_yaml(OmegaConf.create(compose_values(overrides))), end="")
+            return DONE
+        return _train(load_run_config(overrides))
+    except ValueError as error:
+        if not _is_user_error(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted: whatever was saved is still there; the same command with its output_dir continues it", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _is_user_error(error: ValueError) -> bool:
+    import data_handler
+
+    return isinstance(error, UserError | data_handler.UserError)
+
+
+def _train(config: RunConfig) -> int:
+    from wrinklefree.run import train
+
+    outcome = train(config)
+    if outcome.interrupted is not None:
+        print(
+            f"interrupted: saved {outcome.interrupted}; continue with the same command and output_dir={config.output_dir}",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    if outcome.summary is not None:
+        _report(config, outcome.summary)
+    return DONE
+
+
+def _report(config: RunConfig, summary: dict[str, Any]) -> None:
+    directory = Path(config.output_dir)
+    ternary, fp = summary["ppl_ternary"], summary["ppl_fp"]
+    print(f"\nheld-out perplexity: ternary {ternary:.2f}" if ternary else "\nheld-out perplexity: ternary overflowed", end="")
+    print(f", unquantised {fp:.2f} ({summary['fp']})" if fp else "")
+    print(f"sample: {summary['sample']!r}")
+    print(f"model:  {directory / 'model'}")
+    gguf = summary["gguf"]
+    written = gguf["status"] in ("proven", "unproven")
+    print(f"gguf:   {directory / 'model.gguf'} ({gguf['status']})" if written else f"gguf:   not written: {gguf['note']}")
+    print(f"curves: {directory / 'loss.png'}\n\nnext:")
+    served = directory / ("model.gguf" if written else "model")
+    for command in (
+        f'generate {served} "def main"',
+        f"serve {served}",
+        f"eval {directory / 'model'} --tasks perplexity,sst2_local",
+    ):
+        print(f"  uv run wf {command}")

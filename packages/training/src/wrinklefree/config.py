@@ -1,0 +1,248 @@
+"""The configuration groups as frozen dataclasses; Hydra is only the surface that fills them.
+
+Types and keys are checked by pydantic, so that a wrong one ends in a sentence that names it; values are checked here.
+"""
+
+import difflib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar
+
+from bitnet_arch import ConversionConfig, UserError
+from bitnet_arch.bitlinear import LAMBDA_SCHEDULES
+from data_handler import DataConfig
+from pydantic import TypeAdapter, ValidationError
+
+from wrinklefree.schedules import LEARNING_RATE_SCHEDULES
+
+T = TypeVar("T")
+
+
+def _require(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise UserError(sentence)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShapeConfig:
+    """Shape of a model that starts from random weights; the names are `transformers.LlamaConfig`'s."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            _require(isinstance(value, bool) or value > 0, f"model.shape.{item.name} must be positive, not {value}")
+        heads, kv = self.num_attention_heads, self.num_key_value_heads
+        _require(
+            self.hidden_size % heads == 0, f"model.shape.hidden_size {self.hidden_size} must be a multiple of the {heads} heads"
+        )
+        _require(heads % kv == 0, f"model.shape.num_attention_heads {heads} must be a multiple of num_key_value_heads {kv}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which model is trained.
+
+    Attributes:
+        name: used in the run directory's name.
+        pretrained: a model directory or hub id to convert; None starts from random weights of `shape`.
+        shape: given exactly when `pretrained` is not.
+        norm, gain, softness: how it is converted, see `bitnet_arch.ConversionConfig`. A directory that is ternary already
+            (master form) is trained as it is.
+    """
+
+    name: str
+    pretrained: str | None = None
+    shape: ShapeConfig | None = None
+    norm: Literal["subln", "none"] = "subln"
+    gain: Literal["calibrated", "one"] = "calibrated"
+    softness: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require((self.pretrained is None) != (self.shape is None), "give exactly one of model.pretrained and model.shape")
+        _require(
+            self.shape is None or self.norm == "none" or self.gain == "one",
+            "model.gain=calibrated has nothing to calibrate on random weights: set model.gain=one",
+        )
+        self.conversion()
+
+    def conversion(self) -> ConversionConfig:
+        """Return the conversion's own configuration."""
+        return ConversionConfig(norm=self.norm, gain=self.gain, softness=self.softness)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """How it is trained.
+
+    Attributes:
+        max_steps: optimiser steps.
+        rows_per_step: rows of `data.sequence_length` tokens in one optimiser step, over all processes.
+        micro_batch_rows: rows in one forward and backward; smaller needs less memory and changes no result. None: all at once.
+        learning_rate: peak rate of the ternary arm.
+        learning_rate_fp: peak rate of the unquantised arm; None takes `learning_rate`.
+        relative_learning_rate: scale a ternary matrix's rate by its mean |W| over the median matrix's, at most 1. A ternary layer
+            sees W only through W / mean |W|, and softened SubLN makes some producers a hundred times smaller than others.
+        weight_decay: of matrices; norms, biases and embeddings have none.
+        betas: of AdamW.
+        warmup_share: share of the run in which the rate rises linearly.
+        schedule: "cosine", "linear", "wsd" (constant, then a linear decay over the last fifth) or "constant".
+        grad_clip: largest norm of the gradient; 0 clips nothing.
+        lambda_schedule: how the quantisation strength rises to 1: "linear", "cosine" or "sigmoid"; "constant" is 1 from the start.
+        lambda_warmup_share: share of the run in which it rises.
+        seed: of weights, data order and sampling.
+        precision: "32-true" or "bf16-mixed".
+        eval_every: steps between held-out evaluations; 0 evaluates at the end only.
+        checkpoint_every: steps between checkpoints; one is also written at the end and when interrupted.
+        keep_checkpoints: how many of the newest are kept.
+        compare_fp: measure the unquantised model too: trained on the same tokens when weights are random, as it is when pretrained.
+        wandb: "auto" (online with a key, else offline), "offline" or "off".
+        threads: CPU threads; None leaves PyTorch's choice. Recorded, and restored on resume.
+    """
+
+    max_steps: int
+    rows_per_step: int
+    learning_rate: float
+    micro_batch_rows: int | None = None
+    learning_rate_fp: float | None = None
+    relative_learning_rate: bool = False
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup_share: float = 0.0
+    schedule: str = "cosine"
+    grad_clip: float = 1.0
+    lambda_schedule: str = "constant"
+    lambda_warmup_share: float = 0.0
+    seed: int = 0
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    eval_every: int = 0
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    compare_fp: bool = True
+    wandb: Literal["auto", "offline", "off"] = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "rows_per_step", "checkpoint_every", "keep_checkpoints", "learning_rate"):
+            _require(getattr(self, name) > 0, f"training.{name} must be positive, not {getattr(self, name)}")
+        for name in ("micro_batch_rows", "learning_rate_fp", "threads"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"training.{name} must be positive or null, not {value}")
+        for name in ("weight_decay", "grad_clip", "eval_every", "seed"):
+            _require(getattr(self, name) >= 0, f"training.{name} must not be negative, and is {getattr(self, name)}")
+        for name in ("warmup_share", "lambda_warmup_share"):
+            _require(0 <= getattr(self, name) < 1, f"training.{name} must lie in [0, 1), not {getattr(self, name)}")
+        for name, known in (("schedule", LEARNING_RATE_SCHEDULES), ("lambda_schedule", LAMBDA_SCHEDULES)):
+            _require(
+                getattr(self, name) in known, f"training.{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}"
+            )
+        _require(all(0 <= beta < 1 for beta in self.betas), f"training.betas must lie in [0, 1), not {list(self.betas)}")
+        share = self.lambda_warmup_share
+        _require(
+            (self.lambda_schedule == "constant") == (share == 0),
+            f"training.lambda_schedule={self.lambda_schedule} with lambda_warmup_share={share} has no effect: "
+            "give a rising schedule its share, or a constant one none",
+        )
+        _require(self.learning_rate_fp is None or self.compare_fp, "training.learning_rate_fp has no effect without compare_fp")
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the learning rate's warm-up."""
+        return round(self.warmup_share * self.max_steps)
+
+    @property
+    def lambda_warmup_steps(self) -> int:
+        """Steps of lambda's warm-up."""
+        return round(self.lambda_warmup_share * self.max_steps)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistributedConfig:
+    """Where it runs.
+
+    Attributes:
+        strategy: "single" (one process) or "ddp" (one process a device, gradients averaged; NCCL is not run on a GPU yet).
+        accelerator: "auto", "cpu" or "cuda".
+        devices: processes; 1 for "single".
+    """
+
+    strategy: Literal["single", "ddp"] = "single"
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.devices > 0, f"distributed.devices must be positive, not {self.devices}")
+        _require(self.strategy == "ddp" or self.devices == 1, "distributed.devices needs distributed=ddp")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """A whole run.
+
+    Attributes:
+        output_dir: the run directory.
+        resume: "auto" continues from the newest checkpoint in `output_dir`, "none" refuses to, a path names a checkpoint.
+        sample_prompt: the text that the trained model continues at the end.
+    """
+
+    model: ModelConfig
+    training: TrainingConfig
+    data: DataConfig
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    output_dir: str
+    resume: str = "auto"
+    sample_prompt: str = "The "
+
+    def __post_init__(self) -> None:
+        rows, processes = self.training.rows_per_step, self.distributed.devices
+        _require(rows % processes == 0, f"training.rows_per_step={rows} must be a multiple of the {processes} processes")
+
+
+def from_mapping(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Build a configuration dataclass from plain values.
+
+    Args:
+        kind: the dataclass.
+        values: nested mappings, lists and scalars.
+        where: dotted prefix of the keys, for messages.
+
+    Raises:
+        UserError: for an unknown key (naming the nearest known one), a wrong type, or a value that the class refuses.
+    """
+    _check_keys(kind, values, where)
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join([where, *(str(part) for part in first["loc"])]).strip(".")
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, ValueError):
+            raise UserError(str(cause)) from None
+        raise UserError(f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, and {first['input']!r} was given") from None
+
+
+def _check_keys(kind: Any, values: object, where: str) -> None:
+    for arm in (kind, *typing.get_args(kind)):
+        if hasattr(arm, "__dataclass_fields__") and isinstance(values, Mapping):
+            hints = typing.get_type_hints(arm)
+            for key, value in values.items():
+                name = f"{where}.{key}".strip(".")
+                if key not in hints:
+                    near = difflib.get_close_matches(str(key), hints, n=1)
+                    known = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(hints)}"
+                    raise UserError(f"unknown key {name}: {known}")
+                _check_keys(hints[key], value, name)
+        elif hasattr(arm, "__dataclass_fields__") and isinstance(values, list):
+            for i, value in enumerate(values):
+                _check_keys(arm, value, f"{where}.{i}")

@@ -1,0 +1,112 @@
+"""The model and tokenizer that a run starts from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from bitnet_arch import (
+    ConversionConfig,
+    convert_model,
+    load_float_model,
+    load_model,
+    load_tokenizer,
+    open_weights,
+    resolve_pretrained,
+)
+from data_handler import DataConfig, documents, is_heldout, train_tokenizer
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from wrinklefree.config import ModelConfig, RunConfig, ShapeConfig
+
+CALIBRATION_ROWS, CALIBRATION_LENGTH = 4, 512
+TOKENIZER_DOCUMENTS = 400
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        model: with `BitLinear` layers, float32, lambda 1.
+        tokenizer: its tokenizer.
+        note: one line that says where the weights come from.
+        provenance: what the trained model keeps of that.
+        original: the unconverted float model's directory, if there is one.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    note: str
+    provenance: str | None
+    original: Path | None
+
+
+def build_start(config: RunConfig) -> Start:
+    """Make the model of `config`: the same for the same configuration, on every process.
+
+    Raises:
+        bitnet_arch.UserError: if the weights cannot be found or the family cannot be converted.
+    """
+    if config.model.shape is not None:
+        return _random(config, config.model.shape)
+    assert config.model.pretrained is not None
+    source = resolve_pretrained(config.model.pretrained)
+    tokenizer = load_tokenizer(source.path)
+    with open_weights(source.path) as reader:
+        form = reader.form
+    if form == "master":
+        return Start(load_model(source.path), tokenizer, source.note, source.provenance, None)
+    rows = list(calibration_rows(config.data, tokenizer)) if _calibrates(config.model) else None
+    model = convert_model(load_float_model(source), config.model.conversion(), rows)
+    return Start(model, tokenizer, source.note, source.provenance, source.path)
+
+
+def calibration_rows(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tensor]:
+    """Yield training text as calibration rows, int64 `[1, 512]`, four of them from the sources in turn."""
+    for i in range(CALIBRATION_ROWS):
+        ids: list[int] = []
+        for text in _training_documents(data, source_index=i % len(data.sources), skip=i // len(data.sources)):
+            ids += tokenizer(text).input_ids
+            if len(ids) >= CALIBRATION_LENGTH:
+                break
+        if ids:
+            yield torch.tensor([ids[:CALIBRATION_LENGTH]], dtype=torch.int64)
+
+
+def _calibrates(model: ModelConfig) -> bool:
+    return model.norm == "subln" and model.gain == "calibrated"
+
+
+def _training_documents(data: DataConfig, source_index: int, skip: int = 0) -> Iterator[str]:
+    texts = (text for text in documents(data.sources[source_index]) if not is_heldout(text, data.heldout_share))
+    return islice(texts, skip, None)
+
+
+def _random(config: RunConfig, shape: ShapeConfig) -> Start:
+    texts = (
+        text for i in range(len(config.data.sources)) for text in islice(_training_documents(config.data, i), TOKENIZER_DOCUMENTS)
+    )
+    tokenizer = train_tokenizer(texts, shape.vocab_size)
+    llama = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        max_position_embeddings=shape.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        rms_norm_eps=shape.rms_norm_eps,
+        tie_word_embeddings=shape.tie_word_embeddings,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        model = LlamaForCausalLM(llama)
+    converted = convert_model(model.float(), ConversionConfig(norm=config.model.norm, gain="one"))
+    return Start(converted, tokenizer, f"random weights, seed {config.training.seed}", None, None)

@@ -1,0 +1,164 @@
+"""The Lightning shell around one arm of a run: a model, its step, and what a checkpoint must hold."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from bitnet_arch import UserError, lambda_schedule, set_lambda
+from data_handler import BatchLoader, PackedStream, document_attention_mask
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from wrinklefree.config import RunConfig
+from wrinklefree.objective import scored_tokens, token_loss_sum
+from wrinklefree.optim import build_optimizer
+from wrinklefree.schedules import learning_rate_share
+
+Batch = dict[str, Tensor]
+
+
+def model_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return logits `[B, T, V]`; attention and positions stay inside each document."""
+    mask = document_attention_mask(batch["document_ids"])
+    logits: Tensor = model(
+        input_ids=batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"], use_cache=False
+    ).logits
+    return logits
+
+
+class _Batches:
+    """An iterable of batches that shows Lightning no state: the module keeps the position, since Lightning reads ahead."""
+
+    def __init__(self, loader: BatchLoader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Any:
+        return iter(self._loader)
+
+
+class TernaryModule(pl.LightningModule):
+    """Trains one model on packed rows with the next-token loss.
+
+    Optimisation is manual, so that the loss of a step is exactly the mean over its tokens, however the step is cut into
+    micro-batches and processes.
+
+    Attributes:
+        rows_seen: rows trained on, over all processes: the position in the data.
+        tokens_seen: tokens in those rows, padding included.
+        elapsed: seconds spent on steps, earlier runs that this one continues included.
+        aside: seconds since the last step that were not spent on training (evaluations).
+    """
+
+    def __init__(self, model: PreTrainedModel, stream: PackedStream, config: RunConfig, *, quantized: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.stream = stream
+        self.run_config = config
+        self.quantized = quantized
+        self.peak_rate = config.training.learning_rate
+        if not quantized and config.training.learning_rate_fp is not None:
+            self.peak_rate = config.training.learning_rate_fp
+        self.rows_seen = 0
+        self.tokens_seen = 0
+        self.elapsed = 0.0
+        self.aside = 0.0
+        self.last: dict[str, float] = {}
+
+    def lambda_at(self, step: int) -> float:
+        """Return the quantisation strength at a step (0-based); always 0 in the unquantised arm."""
+        training = self.run_config.training
+        return lambda_schedule(training.lambda_schedule, step, training.lambda_warmup_steps) if self.quantized else 0.0
+
+    def train_dataloader(self) -> _Batches:
+        """Return the batches that follow `rows_seen`."""
+        rows = self.run_config.training.rows_per_step
+        loader = BatchLoader(self.stream, rows_per_step=rows, rank=self.global_rank, world_size=self.trainer.world_size)
+        loader.load_state_dict({"rows": self.rows_seen})
+        return _Batches(loader)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW; its rates are set at every step from the step's number."""
+        return build_optimizer(self.model, self.run_config.training)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Take one optimiser step on this process's rows of the step's batch."""
+        training = self.run_config.training
+        step = self.trainer.global_step
+        set_lambda(self.model, self.lambda_at(step))
+        optimizer = self.optimizers()
+        share = learning_rate_share(training.schedule, step, training.max_steps, training.warmup_steps)
+        for group in optimizer.param_groups:  # type: ignore[union-attr]
+            group["lr"] = self.peak_rate * share * group["rate_share"]
+        loss = self._accumulate(batch)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.grad_clip or float("inf"))
+        if not torch.isfinite(norm) or not torch.isfinite(loss):
+            raise UserError(
+                f"the loss or its gradient is not finite at step {step + 1}: lower training.learning_rate "
+                f"({training.learning_rate:g}) and resume from the last checkpoint"
+            )
+        optimizer.step()  # type: ignore[union-attr]
+        optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
+        self.rows_seen += training.rows_per_step
+        self.tokens_seen += training.rows_per_step * batch["input_ids"].shape[1]
+        self.last = {
+            "loss": float(loss),
+            "learning_rate": self.peak_rate * share,
+            "lambda": self.lambda_at(step),
+            "grad_norm": float(norm),
+        }
+
+    def _accumulate(self, batch: Batch) -> Tensor:
+        """Fill the gradients with those of the mean loss over the step's tokens on all processes; return that loss."""
+        world = self.trainer.world_size
+        count = self._sum(scored_tokens(batch["labels"])).clamp(min=1)
+        size = self.run_config.training.micro_batch_rows or len(batch["input_ids"])
+        parts = [{k: v[i : i + size] for k, v in batch.items()} for i in range(0, len(batch["input_ids"]), size)]
+        total = torch.zeros((), device=self.device)
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            wait = nullcontext() if last or world == 1 else self.trainer.strategy.model.no_sync()  # type: ignore[union-attr,operator]
+            with wait:
+                loss, _ = token_loss_sum(self(part), part["labels"])
+                # DDP averages gradients over processes; the step's mean is over all their tokens together.
+                self.manual_backward(loss * (world / count))
+            total += loss.detach()
+        return self._sum(total) / count
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return logits `[B, T, V]`."""
+        return model_logits(self.model, batch)
+
+    def _sum(self, value: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return value
+        reduced: Tensor = self.trainer.strategy.reduce(value, reduce_op="sum")  # type: ignore[assignment]
+        return reduced
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the position in the data, every process's random state (as tensors) and the thread count."""
+        states = torch.stack(self._gather(torch.get_rng_state()))
+        checkpoint["wrinklefree"] = {
+            "rows_seen": self.rows_seen,
+            "tokens_seen": self.tokens_seen,
+            "elapsed": self.elapsed,
+            "threads": torch.get_num_threads(),
+            "rng": states,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore what `on_save_checkpoint` added."""
+        state = checkpoint["wrinklefree"]
+        self.rows_seen, self.tokens_seen = state["rows_seen"], state["tokens_seen"]
+        self.elapsed = state["elapsed"]
+        torch.set_num_threads(state["threads"])
+        if self.global_rank < len(state["rng"]):
+            torch.set_rng_state(state["rng"][self.global_rank])
+
+    def _gather(self, value: Tensor) -> list[Tensor]:
+        if self.trainer.world_size == 1:
+            return [value]
+        parts = [torch.empty_like(value) for _ in range(self.trainer.world_size)]
+        torch.distributed.all_gather(parts, value)
+        return parts

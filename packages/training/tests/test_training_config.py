@@ -1,0 +1,74 @@
+import pytest
+from bitnet_arch import UserError
+from wrinklefree.cli import compose_values, configs_directory, group_choices, load_run_config, main
+from wrinklefree.config import ModelConfig, RunConfig, TrainingConfig, from_mapping
+
+
+@pytest.mark.parametrize("choice", [f"{group}={name}" for group, names in group_choices().items() for name in names])
+def test_every_yaml_composes_into_a_valid_run(choice):
+    overrides = [choice] if "ddp" not in choice else [choice, "training.rows_per_step=4"]
+    assert isinstance(load_run_config(overrides), RunConfig)
+
+
+def test_the_groups_of_the_readme_exist():
+    groups = group_choices()
+    assert {"tiny", "smollm2_135m", "qwen3_0.6b", "qwen2_0.5b", "llama_1b", "bitnet_2b"} <= set(groups["model"])
+    assert {"base", "smoke"} <= set(groups["training"])
+    assert "demo" in groups["data"]
+    assert configs_directory("wrinklefree").is_dir()
+
+
+def test_the_command_line_wins_over_what_a_model_recommends():
+    recommended = compose_values(["model=smollm2_135m"])["training"]
+    chosen = compose_values(["model=smollm2_135m", "training.learning_rate=0.5"])["training"]
+    assert (recommended["learning_rate"], chosen["learning_rate"]) == (2e-4, 0.5)
+    assert compose_values([])["training"]["learning_rate"] != 2e-4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.max_stepz=3"], r"unknown key training\.max_stepz: did you mean max_steps\?"),
+        (["data.sequence_lenght=3"], r"unknown key data\.sequence_lenght: did you mean sequence_length\?"),
+        (["model=gpt5"], "choose one of .*smollm2_135m"),
+        (["training.max_steps=many"], r"training\.max_steps: .*'many' was given"),
+        (["training.max_steps=0"], r"training\.max_steps must be positive, not 0"),
+        (["training.schedule=zigzag"], "must be one of constant, cosine"),
+        (["training.rows_per_step=3", "distributed=ddp"], "multiple of the 2 processes"),
+        (["distributed.devices=2"], "needs distributed=ddp"),
+        (["training.lambda_schedule=linear"], "has no effect"),
+        (["training.lambda_warmup_share=0.5"], "has no effect"),
+        (["training.compare_fp=false", "training.learning_rate_fp=1e-3"], "no effect without compare_fp"),
+        (["model.gain=calibrated"], "nothing to calibrate"),
+        (["model.pretrained=x/y"], "exactly one of"),
+        (["training.max_steps"], "max_steps"),
+        (["outputdir=x"], r"unknown key outputdir: did you mean output_dir\?"),
+        (["data=demo", "data.sources.0.weight=0"], "weight must be a number above 0"),
+        (["data=text", "data.sources.0.path="], "path must be"),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence_and_exit_code_2(overrides, message, capsys):
+    with pytest.raises(UserError, match=message):
+        load_run_config(overrides)
+    assert main(overrides) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_help_and_cfg_show_what_can_be_set(capsys):
+    assert main(["--help"]) == 0
+    assert "smollm2_135m" in capsys.readouterr().out
+    assert main(["--cfg", "training.max_steps=7"]) == 0
+    assert "max_steps: 7" in capsys.readouterr().out
+    assert main(["--max-steps", "7"]) == 2
+
+
+def test_shares_of_the_run_become_steps():
+    training = from_mapping(TrainingConfig, {"max_steps": 40, "rows_per_step": 2, "learning_rate": 1e-3, "warmup_share": 0.25})
+    assert (training.warmup_steps, training.lambda_warmup_steps) == (10, 0)
+
+
+def test_a_model_needs_weights_or_a_shape():
+    with pytest.raises(UserError, match="exactly one of"):
+        ModelConfig(name="x")

@@ -1,0 +1,154 @@
+"""Whole runs through the command line, in this process."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from bitnet_arch import ConversionConfig, bitlinear_layers, convert_model, load_model, load_tokenizer, save_master
+from bitnet_arch.testing import tiny_llama, tiny_tokenizer
+from wrinklefree import artifacts
+from wrinklefree.callbacks import read_metrics
+from wrinklefree.cli import main
+
+
+@pytest.fixture(autouse=True)
+def without_engine(monkeypatch):
+    """Export runs in its own tests; here it only takes time."""
+    monkeypatch.setattr(artifacts.importlib.util, "find_spec", lambda name: None)
+
+
+def run(overrides, *more):
+    assert main([*overrides, *more]) == 0
+    directory = next(o for o in reversed([*overrides, *more]) if o.startswith("output_dir=")).split("=", 1)[1]
+    from pathlib import Path
+
+    return Path(directory)
+
+
+def losses(directory):
+    return [line["loss"] for line in read_metrics(directory / "metrics.jsonl")]
+
+
+def test_a_run_leaves_what_the_conventions_promise(overrides, capsys):
+    directory = run(overrides)
+    printed = capsys.readouterr()
+    summary = json.loads((directory / "summary.json").read_text())
+    assert {"ppl_ternary", "ppl_fp", "tokens", "seconds"} <= set(summary)
+    assert summary["tokens"] == 6 * 4 * 32
+    assert 1 < summary["ppl_ternary"] < 512 * 2
+    assert summary["fp"] == "trained on the same tokens"
+    assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert yaml.safe_load((directory / "config.yaml").read_text())["training"]["max_steps"] == 6
+    lines = read_metrics(directory / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert {"tokens", "loss", "tokens_per_s", "learning_rate", "lambda", "grad_norm"} <= set(lines[0])
+    assert "heldout_loss" in lines[2]
+    assert [line["lambda"] for line in read_metrics(directory / "fp" / "metrics.jsonl")] == [0.0] * 6
+    assert len(list(bitlinear_layers(load_model(directory / "model")))) == 14
+    assert len(load_tokenizer(directory / "model")) == 512
+    assert json.loads((directory / "model.gguf.parity.json").read_text())["status"] == "unproven"
+    assert (directory / "model.gguf").is_file()
+    assert not list(directory.glob("**/*.partial"))
+    assert "held-out perplexity" in printed.out
+    assert "uv run wf serve" in printed.out
+    assert "step 6/6" in printed.err
+    # A finished run is never overwritten.
+    assert main(overrides) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+
+
+def test_training_lowers_the_heldout_loss_and_a_rate_of_almost_nothing_does_not(overrides, tmp_path):
+    more = ["training.compare_fp=false", "training.max_steps=30", "training.eval_every=30"]
+    trained = run(overrides, *more, "training.learning_rate=4e-3")
+    still = run(overrides, *more, "training.learning_rate=1e-12", f"output_dir={tmp_path / 'still'}")
+    a, b = (read_metrics(d / "metrics.jsonl")[-1]["heldout_loss"] for d in (trained, still))
+    assert a < b - 0.5
+    assert json.loads((trained / "summary.json").read_text())["ppl_fp"] is None
+
+
+def test_micro_batches_change_memory_and_not_the_outcome(overrides, tmp_path):
+    more = ["training.compare_fp=false"]
+    whole = losses(run(overrides, *more))
+    parts = losses(run(overrides, *more, "training.micro_batch_rows=1", f"output_dir={tmp_path / 'parts'}"))
+    assert parts == pytest.approx(whole, abs=2e-4)
+
+
+def test_the_seed_decides_the_outcome(overrides, tmp_path):
+    more = ["training.compare_fp=false", "training.max_steps=2"]
+    first = losses(run(overrides, *more))
+    same = losses(run(overrides, *more, f"output_dir={tmp_path / 'same'}"))
+    other = losses(run(overrides, *more, "training.seed=1", f"output_dir={tmp_path / 'other'}"))
+    assert same == first
+    assert other != first
+
+
+def test_lambda_rises_over_its_share_of_the_run_and_changes_the_outcome(overrides, tmp_path):
+    more = ["training.compare_fp=false"]
+    constant = run(overrides, *more)
+    warm = run(
+        overrides, *more, "training.lambda_schedule=linear", "training.lambda_warmup_share=0.5", f"output_dir={tmp_path / 'warm'}"
+    )
+    strengths = [line["lambda"] for line in read_metrics(warm / "metrics.jsonl")]
+    assert strengths == pytest.approx([0, 1 / 3, 2 / 3, 1, 1, 1])
+    assert losses(warm) != losses(constant)
+    assert all(float(layer.quant_lambda) == 1.0 for _, layer in bitlinear_layers(load_model(warm / "model")))
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    directory = tmp_path / "llama"
+    save_master(tiny_llama(hidden=64, ffn=128), directory, tiny_tokenizer())
+    return directory
+
+
+def from_directory(overrides, directory):
+    kept = [o for o in overrides if not o.startswith("model.")]
+    return [*kept, "model=smollm2_135m", f"model.pretrained={directory}", "training.max_steps=4"]
+
+
+def test_a_pretrained_directory_is_converted_and_compared_with_its_original(overrides, pretrained):
+    directory = run(from_directory(overrides, pretrained))
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["fp"] == "the original, not trained further"
+    assert summary["ppl_fp"] == pytest.approx(512, rel=0.3)
+    assert json.loads((directory / "model" / "config.json").read_text())["model_type"] == "bitnet"
+    assert not (directory / "fp").exists()
+
+
+def test_a_ternary_directory_is_trained_as_it_is(overrides, pretrained, tmp_path):
+    with torch.no_grad():
+        model = convert_model(tiny_llama(hidden=64, ffn=128), ConversionConfig(gain="one"))
+    save_master(model, tmp_path / "ternary", tiny_tokenizer())
+    directory = run(from_directory(overrides, tmp_path / "ternary"), "training.compare_fp=false")
+    assert losses(directory)[0] == pytest.approx(6.24, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["model.pretrained=/nowhere"], "neither a directory nor a hub id"),
+        (["data=text", "data.sources.0.path=/nowhere"], "nowhere"),
+        (["resume=/nowhere/step-1.ckpt"], "does not exist"),
+        (["output_dir=/proc/nowhere/run"], "choose another output_dir"),
+    ],
+)
+def test_what_cannot_be_found_ends_in_one_sentence(more, message, overrides, pretrained, capsys):
+    assert main([*from_directory(overrides, pretrained), *more]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert message in error.splitlines()[-1]
+
+
+def test_wandb_keeps_the_figures_offline_without_a_key(overrides, monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    directory = run(overrides, "training.wandb=auto", "training.compare_fp=false")
+    assert list((directory / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_divergent_run_stops_and_says_what_to_lower(overrides, capsys, monkeypatch):
+    monkeypatch.setattr("wrinklefree.module.token_loss_sum", lambda logits, labels: (logits.sum() * float("nan"), labels.sum()))
+    assert main([*overrides, "training.compare_fp=false"]) == 2
+    assert "lower training.learning_rate" in capsys.readouterr().err.splitlines()[-1]
