@@ -26,7 +26,8 @@ class ParityBounds:
         perplexity: largest |ratio - 1| of perplexities against training.
         activation_ratio: the engine's distance from its emulation as a fraction of its distance from one without activation
             quantisation.
-        decidable: that fraction is judged only where it leaves this multiple of the floor; else it is reported as undecided.
+        decidable: that fraction is judged only where it leaves this multiple of the floor, which is what a right engine may
+            differ by (`floor_factor`); else it is reported as undecided.
         resolution: bounds may widen up to this fraction of what Q4_0 in place of ternary costs; beyond, nothing is proven.
         min_positions: positions that a proof needs.
     """
@@ -50,7 +51,7 @@ class ParityBounds:
     sure_margin: float = 0.2
     perplexity: float = 0.002
     activation_ratio: float = 0.5
-    decidable: float = 2.0
+    decidable: float = 3.0
     resolution: float = 0.5
     min_positions: int = 1000
 
