@@ -52,6 +52,8 @@ def calibration_rows(tokenizer: object, text: str) -> list[Tensor]:
 
 def _convert(arguments: argparse.Namespace) -> None:
     source = resolve_pretrained(arguments.source)
+    if arguments.out.resolve() == source.path.resolve():
+        raise UserError(f"--out {arguments.out} is the source itself, whose weights would be lost: choose another output")
     print(f"source: {source.note}", file=sys.stderr)
     with open_weights(source.path) as reader:
         if reader.form != "float":

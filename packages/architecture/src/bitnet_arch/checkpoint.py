@@ -37,6 +37,9 @@ from bitnet_arch.quant import quantize_weight
 LinearClass = Literal["bitlinear", "autobitlinear"]
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MODEL_SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model"})
+"""What a model directory is made of; one that holds anything else is never replaced."""
+
 PROVENANCE_FILE = "provenance.json"
 """Says where a directory's weights come from, so that a label such as "4-bit copy" outlives conversion and training."""
 
@@ -414,7 +417,11 @@ def write_directory(directory: Path | str, fill: Callable[[Path], None]) -> None
         if directory.exists():
             previous = temporary.with_name(temporary.name + ".previous")
             os.replace(directory, previous)
-            os.replace(temporary, directory)
+            try:
+                os.replace(temporary, directory)
+            except BaseException:
+                os.replace(previous, directory)
+                raise
             shutil.rmtree(previous)
         else:
             os.replace(temporary, directory)
@@ -427,4 +434,10 @@ def write_directory(directory: Path | str, fill: Callable[[Path], None]) -> None
 
 def _is_foreign(directory: Path) -> bool:
     """Whether a directory holds something that is not a model: it must not be replaced."""
-    return any(directory.iterdir()) and not (directory / "config.json").is_file()
+    if not any(directory.iterdir()):
+        return False
+    try:
+        read_config(directory)
+    except UserError:
+        return True
+    return any(entry.is_dir() or entry.suffix not in MODEL_SUFFIXES for entry in directory.iterdir())

@@ -156,6 +156,12 @@ class TrainingConfig:
         )
         _require(self.learning_rate_fp is None or self.compare_fp, "training.learning_rate_fp has no effect without compare_fp")
 
+        _require(
+            share == 0 or 1 <= self.lambda_warmup_steps < self.max_steps,
+            f"training.lambda_warmup_share={share} is {self.lambda_warmup_steps} of {self.max_steps} steps: lambda must rise, and reach 1 "
+            "before the last step",
+        )
+
     @property
     def warmup_steps(self) -> int:
         """Steps of the learning rate's warm-up."""

@@ -96,7 +96,7 @@ class TernaryModule(pl.LightningModule):
         if not torch.isfinite(norm) or not torch.isfinite(loss):
             raise UserError(
                 f"the loss or its gradient is not finite at step {step + 1}: lower training.learning_rate "
-                f"({training.learning_rate:g}) and resume from the last checkpoint"
+                f"({training.learning_rate:g}) and start again in another output_dir"
             )
         optimizer.step()  # type: ignore[union-attr]
         optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]

@@ -54,7 +54,8 @@ class Checkpoints(pl.Callback):
                     os.fsync(file.fileno())
                 os.replace(temporary, final)
                 for old in sorted(_checkpoints(self.directory), key=_step)[: -self.keep]:
-                    old.unlink()
+                    if old != final:
+                        old.unlink()
         except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError when the disk is full
             if trainer.is_global_zero:
                 temporary.unlink(missing_ok=True)
