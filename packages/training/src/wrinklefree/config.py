@@ -158,8 +158,8 @@ class TrainingConfig:
 
         _require(
             share == 0 or 1 <= self.lambda_warmup_steps < self.max_steps,
-            f"training.lambda_warmup_share={share} is {self.lambda_warmup_steps} of {self.max_steps} steps: lambda must rise, and reach 1 "
-            "before the last step",
+            f"training.lambda_warmup_share={share} is {self.lambda_warmup_steps} of {self.max_steps} steps: lambda must rise, and "
+            "reach 1 before the last step",
         )
 
     @property
