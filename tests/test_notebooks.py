@@ -7,6 +7,7 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "docs" / "notebooks").glob("*.ipynb"))
+assert NOTEBOOKS, "an empty list would skip the test instead of failing it"
 
 
 @pytest.mark.timeout(600)

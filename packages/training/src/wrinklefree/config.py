@@ -106,7 +106,8 @@ class TrainingConfig:
         eval_every: steps between held-out evaluations; 0 evaluates at the end only.
         checkpoint_every: steps between checkpoints; one is also written at the end and when interrupted.
         keep_checkpoints: how many of the newest are kept.
-        compare_fp: measure the unquantised model too: trained on the same tokens when weights are random, as it is when pretrained.
+        compare_fp: measure the unquantised model too: as it is when a float model was converted, otherwise (random or ternary
+            weights) trained on the same tokens.
         wandb: "auto" (online with a key, else offline), "offline" or "off".
         threads: CPU threads; None leaves PyTorch's choice. Recorded, and restored on resume.
     """
