@@ -4,7 +4,7 @@ from dataclasses import replace
 from itertools import islice
 
 import pytest
-from data_handler import DataConfig, PackedStream, SourceConfig, UserError, is_heldout
+from data_handler import DataConfig, PackedStream, SourceConfig, UserError, is_heldout, train_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -174,3 +174,19 @@ def test_impossible_streams_are_refused(config, write_jsonl, byte_tokenizer):
     rare = replace(single, heldout_share=1e-9)
     with pytest.raises(UserError, match=r"no document held out .* raise the share"):
         PackedStream(rare, byte_tokenizer, split="heldout").rows()
+
+
+def test_the_fingerprint_follows_everything_that_decides_the_rows(write_jsonl, byte_tokenizer):
+    def config(texts, **more):
+        return DataConfig(sources=(write_jsonl("a", texts),), **more)
+
+    texts = [f"document number {i}" for i in range(40)]
+    plain = PackedStream(config(texts), byte_tokenizer).fingerprint()
+    assert PackedStream(config(texts), byte_tokenizer).fingerprint() == plain
+    others = [
+        PackedStream(config([*texts[:-1], "document number 4o"]), byte_tokenizer).fingerprint(),
+        PackedStream(config(texts, sequence_length=64), byte_tokenizer).fingerprint(),
+        PackedStream(config(texts), byte_tokenizer, seed=1).fingerprint(),
+        PackedStream(config(texts), train_tokenizer(texts, 300)).fingerprint(),
+    ]
+    assert len({plain, *others}) == 5

@@ -4,7 +4,7 @@ import pytest
 from bitnet_arch import save_master
 from bitnet_arch.gguf.tokenizer import read_tokenizer
 from bitnet_arch.testing import tiny_bitnet, tiny_tokenizer
-from data_handler import UserError, train_tokenizer
+from data_handler import UserError, restore_tokenizer, train_tokenizer
 from data_handler.corpus import encode
 
 TEXTS = ["the cat sat on the mat. " * 5, "def add(a, b):\n    return a + b\n", "naïve café, 12345 and 日本語"]
@@ -23,6 +23,13 @@ def test_it_has_the_exact_size_and_every_byte_round_trips():
 def test_training_twice_gives_the_same_tokenizer():
     one, two = (train_tokenizer(iter(TEXTS * 20), 320) for _ in range(2))
     assert one.backend_tokenizer.to_str() == two.backend_tokenizer.to_str()
+
+
+def test_a_restored_tokenizer_equals_the_one_it_was_made_from():
+    tokenizer = train_tokenizer(TEXTS, 300)
+    restored = restore_tokenizer(tokenizer.backend_tokenizer.to_str())
+    assert restored.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert (restored.eos_token_id, restored.chat_template) == (tokenizer.eos_token_id, tokenizer.chat_template)
 
 
 def test_a_model_directory_with_it_can_be_exported(tmp_path):

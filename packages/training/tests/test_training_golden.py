@@ -13,7 +13,7 @@ from bitnet_arch.testing import tiny_bitnet
 from wrinklefree.config import TrainingConfig
 from wrinklefree.module import model_logits
 from wrinklefree.objective import token_loss_sum
-from wrinklefree.optim import build_optimizer
+from wrinklefree.optim import build_optimizer, parameter_groups
 from wrinklefree.schedules import learning_rate_share
 
 GOLDEN = Path(__file__).parent / "golden" / "loss_curve.json"
@@ -32,7 +32,7 @@ def batches(generator):
 
 def curve():
     model = tiny_bitnet(hidden=64, ffn=128, vocab=64, heads=4, kv_heads=2).train()
-    optimizer = build_optimizer(model, CONFIG)
+    optimizer = build_optimizer(parameter_groups(model, CONFIG), CONFIG)
     losses = []
     for step, batch in zip(range(CONFIG.max_steps), batches(torch.Generator().manual_seed(0)), strict=False):
         share = learning_rate_share(CONFIG.schedule, step, CONFIG.max_steps, CONFIG.warmup_steps)

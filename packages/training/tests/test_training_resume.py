@@ -79,7 +79,7 @@ def test_interrupted_runs_continue_to_the_same_bits(overrides, tmp_path):
     # Other settings do not silently continue it.
     (broken / "summary.json").unlink()
     process = start(overrides, f"output_dir={broken}", "training.learning_rate=1e-5")
-    assert "training.learning_rate=0.002, and this one has training.learning_rate=1e-05" in finish(process, 2)[1]
+    assert "training.learning_rate=0.002, and this run has training.learning_rate=1e-05" in finish(process, 2)[1]
     process = start(overrides, f"output_dir={broken}", "resume=none")
     assert "holds checkpoints of a run" in finish(process, 2)[1]
 
@@ -92,7 +92,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(overrides, tmp_path):
     for checkpoint in Path(run / "checkpoints").iterdir():
         checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     _, err = finish(start(overrides, "training.compare_fp=false"), 2)
-    assert "is damaged or of another model" in err.splitlines()[-1]
+    assert "is damaged or no checkpoint" in err.splitlines()[-1]
     assert (run / "model" / "model.safetensors").is_file()
     assert len(read_metrics(run / "metrics.jsonl")) == STEPS
 

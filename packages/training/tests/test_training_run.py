@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 import yaml
-from bitnet_arch import ConversionConfig, bitlinear_layers, convert_model, load_model, load_tokenizer, save_master
+from bitnet_arch import ConversionConfig, bitlinear_layers, convert_model, load_model, load_tokenizer, save_master, save_packed
 from bitnet_arch.testing import tiny_llama, tiny_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 from wrinklefree import artifacts
 from wrinklefree.callbacks import read_metrics
 from wrinklefree.cli import main
@@ -127,6 +128,40 @@ def test_a_ternary_directory_is_trained_as_it_is(overrides, pretrained, tmp_path
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["model.gain=one"], "ternary already, with norm subln"),
+        (["model.norm=none"], "ternary already, with norm subln"),
+    ],
+)
+def test_conversion_settings_are_refused_where_nothing_is_converted(more, message, overrides, tmp_path, capsys):
+    model = convert_model(tiny_llama(hidden=64, ffn=128), ConversionConfig(gain="one"))
+    save_master(model, tmp_path / "ternary", tiny_tokenizer())
+    assert main([*from_directory(overrides, tmp_path / "ternary"), *more]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    save_packed(model, tmp_path / "packed", tiny_tokenizer())
+    assert main(from_directory(overrides, tmp_path / "packed")) == 2
+    assert "give its master form" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_family_that_cannot_be_converted_is_named(overrides, tmp_path, capsys):
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=512))
+    model.save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    assert main(from_directory(overrides, tmp_path / "gpt2")) == 2
+    assert "'gpt2' cannot be converted" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_file_that_fails_the_gate_makes_the_run_fail(overrides, monkeypatch, capsys):
+    monkeypatch.setattr("wrinklefree.run.export", lambda *_: {"status": "failed", "note": "engine.mean_kl is 0.3"})
+    assert main([*overrides, "training.compare_fp=false"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == "error: model.gguf was not written: engine.mean_kl is 0.3"
+    assert "generate" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["training.learning_rate_fp=1e-3"], "learning_rate_fp has no effect"),
         (["model.pretrained=/nowhere"], "neither a directory nor a hub id"),
         (["data=text", "data.sources.0.path=/nowhere"], "nowhere"),
         (["resume=/nowhere/step-1.ckpt"], "does not exist"),
@@ -146,6 +181,14 @@ def test_wandb_keeps_the_figures_offline_without_a_key(overrides, monkeypatch, t
     monkeypatch.setenv("HOME", str(tmp_path))
     directory = run(overrides, "training.wandb=auto", "training.compare_fp=false")
     assert list((directory / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_wrong_wandb_key_is_one_sentence(overrides, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "too-short")
+    assert main([*overrides, "training.wandb=auto"]) == 2
+    error = capsys.readouterr().err
+    assert "wandb could not start" in error.splitlines()[-1]
+    assert "too-short" not in error
 
 
 def test_a_divergent_run_stops_and_says_what_to_lower(overrides, capsys, monkeypatch):

@@ -4,8 +4,16 @@ Importing this package reads no network and initialises no accelerator.
 """
 
 from bitnet_arch.bitlinear import BitLinear, bitlinear_layers, get_lambda, lambda_schedule, set_lambda
-from bitnet_arch.checkpoint import WeightReader, load_model, load_tokenizer, open_weights, save_master, save_packed
-from bitnet_arch.convert import ConversionConfig, convert_model
+from bitnet_arch.checkpoint import (
+    WeightReader,
+    load_config,
+    load_model,
+    load_tokenizer,
+    open_weights,
+    save_master,
+    save_packed,
+)
+from bitnet_arch.convert import ConversionConfig, check_family, convert_model
 from bitnet_arch.errors import UserError
 from bitnet_arch.packed import PackedBitLinear, pack_model
 from bitnet_arch.pretrained import Pretrained, load_float_model, resolve_pretrained
@@ -27,11 +35,13 @@ __all__ = [
     "WeightReader",
     "absmean_scale",
     "bitlinear_layers",
+    "check_family",
     "convert_model",
     "fake_quant_activation",
     "fake_quant_weight",
     "get_lambda",
     "lambda_schedule",
+    "load_config",
     "load_float_model",
     "load_model",
     "load_tokenizer",

@@ -10,7 +10,7 @@ from data_handler.loader import BatchLoader
 from data_handler.sources import documents
 from data_handler.split import is_heldout
 from data_handler.stream import PackedStream
-from data_handler.tokenizer import train_tokenizer
+from data_handler.tokenizer import restore_tokenizer, train_tokenizer
 
 __all__ = [
     "BatchLoader",
@@ -26,5 +26,6 @@ __all__ = [
     "is_heldout",
     "load_config",
     "parse_config",
+    "restore_tokenizer",
     "train_tokenizer",
 ]

@@ -1,5 +1,6 @@
 """The row stream of one split of a data configuration."""
 
+import hashlib
 from collections.abc import Iterator
 from itertools import count, islice
 
@@ -78,6 +79,23 @@ class PackedStream:
             if source.kind != "hub" or not self.endless:
                 self._corpus(source)
         return self._tensors(start)
+
+    def fingerprint(self) -> str:
+        """Return a digest of what decides the rows: sources, weights, format, seed, and every token of the finite sources.
+
+        Of a `hub` source only its configuration is in it: its text is not read ahead.
+
+        Raises:
+            UserError: if a source cannot be read or has no document on this side of the split.
+        """
+        vocabulary = self.tokenizer.get_vocab()
+        digest = hashlib.sha256(repr((self.config, self.seed, self.split, sorted(vocabulary.items()))).encode())
+        for source in self.config.sources:
+            if source.kind != "hub":
+                corpus = self._corpus(source)
+                digest.update(corpus.offsets.tobytes())
+                digest.update(corpus.tokens.tobytes())
+        return digest.hexdigest()
 
     def _tensors(self, start: int) -> Iterator[dict[str, Tensor]]:
         merged = self._train_rows() if self.endless else self._heldout_rows()

@@ -53,6 +53,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         raise UserError("there is no text to train a tokenizer on: give at least one non-empty document")
     filler = vocab_size - tokenizer.get_vocab_size()
     tokenizer.add_tokens([f"<extra_{i}>" for i in range(filler)])
+    return _wrapped(tokenizer)
+
+
+def restore_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    """Rebuild a tokenizer of `train_tokenizer` from its JSON (`tokenizer.backend_tokenizer.to_str()`)."""
+    return _wrapped(Tokenizer.from_str(text))
+
+
+def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,

@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 from wrinklefree.callbacks import Checkpoints, Heldout, Interruption, Metrics, Progress, newest_checkpoint
 from wrinklefree.config import RunConfig
 from wrinklefree.evaluation import heldout_loss
+from wrinklefree.files import writing
 from wrinklefree.module import TernaryModule
+from wrinklefree.resume import Identity, check_config, check_fits, plain, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -37,31 +39,40 @@ def train_arm(
     model: PreTrainedModel,
     train: PackedStream,
     heldout: PackedStream,
-    config: RunConfig,
     directory: Path,
     *,
+    config: RunConfig,
     quantized: bool,
     resume: Path | None,
     logger: Logger | None,
+    tokenizer: str | None,
 ) -> ArmResult:
     """Train `model` for `config.training.max_steps` steps.
 
     Args:
-        title: for the progress bar and the logger.
+        title: "ternary" or "unquantised": for the progress bar, the logger and the checkpoints.
         model: with `BitLinear` layers; trained in place.
         train: training rows.
         heldout: rows that are never trained on.
-        config: the run.
         directory: receives `metrics.jsonl` and `checkpoints/`.
+        config: the run.
         quantized: whether lambda follows its schedule or stays 0.
         resume: the checkpoint to continue from.
         logger: where figures go beside `metrics.jsonl`.
+        tokenizer: JSON of a tokenizer that the run has trained, kept in the checkpoints.
 
     Raises:
-        UserError: if the checkpoint cannot be read, or a file cannot be written.
+        UserError: if the checkpoint cannot be continued, or a file cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    module = TernaryModule(model.train(), train, config, quantized=quantized)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    identity = Identity(title, plain(config), train.fingerprint(), tokenizer)
+    module = TernaryModule(model.train(), train, config, identity, quantized=quantized)
+    if resume is not None:
+        content = read_checkpoint(resume)
+        check_config(resume, content, config)
+        check_fits(resume, content, identity, module, module.groups)
+        del content
     interruption = Interruption()
     training = config.training
     callbacks = [
@@ -77,11 +88,6 @@ def train_arm(
             trainer.fit(module, ckpt_path=resume, weights_only=True)
         except SystemExit:  # Lightning's answer to a second Ctrl-C
             raise KeyboardInterrupt from None
-        except (EOFError, RuntimeError, KeyError) as error:
-            if resume is not None and module.rows_seen == 0:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"{resume} is damaged or of another model ({reason}): resume from an older checkpoint") from error
-            raise
     model.eval()
     stopped = interruption.interrupted
     return ArmResult(

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +14,9 @@ from bitnet_arch.gguf import export_gguf
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from wrinklefree.callbacks import read_metrics
+from wrinklefree.files import complete, write_json
 
 SAMPLE_TOKENS = 48
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the final name never holds half of it."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def export(model_directory: Path, out: Path) -> dict[str, Any]:
@@ -69,10 +62,9 @@ def plot_losses(out: Path, arms: dict[str, Path]) -> None:
     axes.set(xlabel="tokens", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = out.with_name(f".{out.stem}.partial.png")
-    figure.savefig(temporary, dpi=120, bbox_inches="tight")
+    with complete(out) as temporary:
+        figure.savefig(temporary, dpi=120, bbox_inches="tight")
     plt.close(figure)
-    os.replace(temporary, out)
 
 
 @torch.no_grad()

@@ -68,7 +68,9 @@ def load_run_config(overrides: Sequence[str]) -> RunConfig:
     if values.get("output_dir") is None:
         # Processes that Lightning starts later must choose the same name.
         stamp = os.environ.setdefault("WF_RUN_STAMP", time.strftime("%Y%m%d-%H%M%S"))
-        values["output_dir"] = str(Path("outputs") / f"{values['model']['name']}-{stamp}")
+        model = values.get("model")
+        name = model.get("name") if isinstance(model, dict) else None
+        values["output_dir"] = str(Path("outputs") / f"{name}-{stamp}")
     return from_mapping(RunConfig, values)
 
 
@@ -79,7 +81,7 @@ def compose_values(overrides: Sequence[str]) -> dict[str, Any]:
         with initialize_config_dir(str(configs_directory("wrinklefree").resolve()), version_base="1.3"):
             composed = compose("train", overrides=[*map(_forced, overrides), f"hydra.searchpath=[{paths}]"])
             values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_one_sentence(error)) from None
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
@@ -159,6 +161,9 @@ def _train(config: RunConfig) -> int:
         return INTERRUPTED
     if outcome.summary is not None:
         _report(config, outcome.summary)
+        if outcome.summary["gguf"]["status"] == "failed":
+            print(f"error: model.gguf was not written: {outcome.summary['gguf']['note']}", file=sys.stderr)
+            return FAILED
     return DONE
 
 

@@ -47,6 +47,11 @@ class ShapeConfig:
         _require(
             self.hidden_size % heads == 0, f"model.shape.hidden_size {self.hidden_size} must be a multiple of the {heads} heads"
         )
+        _require(
+            self.hidden_size // heads % 2 == 0,
+            f"model.shape gives heads of {self.hidden_size // heads}, and rotary positions need an even number: change "
+            "hidden_size or num_attention_heads",
+        )
         _require(heads % kv == 0, f"model.shape.num_attention_heads {heads} must be a multiple of num_key_value_heads {kv}")
 
 
@@ -58,28 +63,38 @@ class ModelConfig:
         name: used in the run directory's name.
         pretrained: a model directory or hub id to convert; None starts from random weights of `shape`.
         shape: given exactly when `pretrained` is not.
-        norm, gain, softness: how it is converted, see `bitnet_arch.ConversionConfig`. A directory that is ternary already
-            (master form) is trained as it is.
+        norm, gain, softness: how it is converted, see `bitnet_arch.ConversionConfig`; None takes its default, and gain 1 on
+            random weights. A directory that is ternary already (master form) is trained as it is, and takes none of them.
     """
 
     name: str
     pretrained: str | None = None
     shape: ShapeConfig | None = None
-    norm: Literal["subln", "none"] = "subln"
-    gain: Literal["calibrated", "one"] = "calibrated"
-    softness: float = 0.1
+    norm: Literal["subln", "none"] | None = None
+    gain: Literal["calibrated", "one"] | None = None
+    softness: float | None = None
 
     def __post_init__(self) -> None:
         _require((self.pretrained is None) != (self.shape is None), "give exactly one of model.pretrained and model.shape")
         _require(
-            self.shape is None or self.norm == "none" or self.gain == "one",
-            "model.gain=calibrated has nothing to calibrate on random weights: set model.gain=one",
+            self.shape is None or self.gain != "calibrated",
+            "model.gain=calibrated has nothing to calibrate on random weights: leave it out",
+        )
+        for name in ("gain", "softness"):
+            given = getattr(self, name) is not None
+            _require(not (given and self.norm == "none"), f"model.{name} has no effect with model.norm=none: leave it out")
+        _require(
+            self.softness is None or (self.shape is None and self.gain != "one"),
+            "model.softness has no effect where no gain is calibrated: leave it out",
         )
         self.conversion()
 
     def conversion(self) -> ConversionConfig:
         """Return the conversion's own configuration."""
-        return ConversionConfig(norm=self.norm, gain=self.gain, softness=self.softness)
+        gain = self.gain or ("calibrated" if self.shape is None else "one")
+        default = ConversionConfig()
+        softness = default.softness if self.softness is None else self.softness
+        return ConversionConfig(norm=self.norm or default.norm, gain=gain, softness=softness)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +171,7 @@ class TrainingConfig:
             "give a rising schedule its share, or a constant one none",
         )
         _require(self.learning_rate_fp is None or self.compare_fp, "training.learning_rate_fp has no effect without compare_fp")
-
+        _require(self.seed < 2**63, f"training.seed must be below 2**63, and is {self.seed}")
         _require(
             share == 0 or 1 <= self.lambda_warmup_steps < self.max_steps,
             f"training.lambda_warmup_share={share} is {self.lambda_warmup_steps} of {self.max_steps} steps: lambda must rise, and "
@@ -212,6 +227,7 @@ class RunConfig:
     sample_prompt: str = "The "
 
     def __post_init__(self) -> None:
+        _require(bool(self.sample_prompt), "sample_prompt is empty, and a model continues at least one character: give some")
         rows, processes = self.training.rows_per_step, self.distributed.devices
         _require(rows % processes == 0, f"training.rows_per_step={rows} must be a multiple of the {processes} processes")
 
@@ -236,6 +252,10 @@ def from_mapping(kind: type[T], values: Mapping[str, Any], where: str = "") -> T
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, ValueError):
             raise UserError(str(cause)) from None
+        if first["type"] == "missing":
+            raise UserError(
+                f"the key {key} is missing: --help lists groups and keys, --cfg prints the whole configuration"
+            ) from None
         raise UserError(f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, and {first['input']!r} was given") from None
 
 

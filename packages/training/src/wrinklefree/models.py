@@ -7,15 +7,17 @@ from pathlib import Path
 
 import torch
 from bitnet_arch import (
-    ConversionConfig,
+    UserError,
+    check_family,
     convert_model,
+    load_config,
     load_float_model,
     load_model,
     load_tokenizer,
     open_weights,
     resolve_pretrained,
 )
-from data_handler import DataConfig, documents, is_heldout, train_tokenizer
+from data_handler import DataConfig, documents, is_heldout, restore_tokenizer, train_tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -35,6 +37,7 @@ class Start:
         note: one line that says where the weights come from.
         provenance: what the trained model keeps of that.
         original: the unconverted float model's directory, if there is one.
+        trained_tokenizer: JSON of the tokenizer, if it was trained for this run.
     """
 
     model: PreTrainedModel
@@ -42,25 +45,38 @@ class Start:
     note: str
     provenance: str | None
     original: Path | None
+    trained_tokenizer: str | None = None
 
 
-def build_start(config: RunConfig) -> Start:
+def build_start(config: RunConfig, saved_tokenizer: str | None = None) -> Start:
     """Make the model of `config`: the same for the same configuration, on every process.
 
+    Args:
+        config: the run.
+        saved_tokenizer: JSON of the tokenizer that the run had trained when it was left, so that none is trained again.
+
     Raises:
-        bitnet_arch.UserError: if the weights cannot be found or the family cannot be converted.
+        bitnet_arch.UserError: if the weights cannot be found, the family cannot be converted, or a setting has no effect.
     """
     if config.model.shape is not None:
-        return _random(config, config.model.shape)
+        return _random(config, config.model.shape, saved_tokenizer)
     assert config.model.pretrained is not None
     source = resolve_pretrained(config.model.pretrained)
     tokenizer = load_tokenizer(source.path)
     with open_weights(source.path) as reader:
         form = reader.form
     if form == "master":
+        _check_master(config.model, source.path)
         return Start(load_model(source.path), tokenizer, source.note, source.provenance, None)
-    rows = list(calibration_rows(config.data, tokenizer)) if _calibrates(config.model) else None
-    model = convert_model(load_float_model(source), config.model.conversion(), rows)
+    if form == "packed":
+        raise UserError(f"{source.path} is packed, and 2-bit weights cannot be trained: give its master form")
+    if config.training.learning_rate_fp is not None:
+        raise UserError("training.learning_rate_fp has no effect: a converted model is compared with its original, as it is")
+    conversion = config.model.conversion()
+    check_family(load_config(source.path), conversion.norm)
+    calibrates = conversion.norm == "subln" and conversion.gain == "calibrated"
+    rows = list(calibration_rows(config.data, tokenizer)) if calibrates else None
+    model = convert_model(load_float_model(source), conversion, rows)
     return Start(model, tokenizer, source.note, source.provenance, source.path)
 
 
@@ -76,8 +92,11 @@ def calibration_rows(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> It
             yield torch.tensor([ids[:CALIBRATION_LENGTH]], dtype=torch.int64)
 
 
-def _calibrates(model: ModelConfig) -> bool:
-    return model.norm == "subln" and model.gain == "calibrated"
+def _check_master(model: ModelConfig, directory: Path) -> None:
+    """Refuse conversion settings that a ternary model would ignore."""
+    norm = "subln" if load_config(directory).model_type == "bitnet" else "none"
+    if model.norm not in (None, norm) or model.gain is not None or model.softness is not None:
+        raise UserError(f"{directory} is ternary already, with norm {norm}: leave out model.norm, model.gain and model.softness")
 
 
 def _training_documents(data: DataConfig, source_index: int, skip: int = 0) -> Iterator[str]:
@@ -85,11 +104,13 @@ def _training_documents(data: DataConfig, source_index: int, skip: int = 0) -> I
     return islice(texts, skip, None)
 
 
-def _random(config: RunConfig, shape: ShapeConfig) -> Start:
-    texts = (
-        text for i in range(len(config.data.sources)) for text in islice(_training_documents(config.data, i), TOKENIZER_DOCUMENTS)
-    )
-    tokenizer = train_tokenizer(texts, shape.vocab_size)
+def _random(config: RunConfig, shape: ShapeConfig, saved: str | None) -> Start:
+    if saved is None:
+        sources = range(len(config.data.sources))
+        texts = (text for i in sources for text in islice(_training_documents(config.data, i), TOKENIZER_DOCUMENTS))
+        tokenizer = train_tokenizer(texts, shape.vocab_size)
+    else:
+        tokenizer = restore_tokenizer(saved)
     llama = LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -108,5 +129,6 @@ def _random(config: RunConfig, shape: ShapeConfig) -> Start:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
         model = LlamaForCausalLM(llama)
-    converted = convert_model(model.float(), ConversionConfig(norm=config.model.norm, gain="one"))
-    return Start(converted, tokenizer, f"random weights, seed {config.training.seed}", None, None)
+    converted = convert_model(model.float(), config.model.conversion())
+    note = f"random weights, seed {config.training.seed}"
+    return Start(converted, tokenizer, note, None, None, tokenizer.backend_tokenizer.to_str())

@@ -1,6 +1,7 @@
 """The Lightning shell around one arm of a run: a model, its step, and what a checkpoint must hold."""
 
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,7 +13,8 @@ from transformers import PreTrainedModel
 
 from wrinklefree.config import RunConfig
 from wrinklefree.objective import scored_tokens, token_loss_sum
-from wrinklefree.optim import build_optimizer
+from wrinklefree.optim import build_optimizer, parameter_groups
+from wrinklefree.resume import KEY, Identity
 from wrinklefree.schedules import learning_rate_share
 
 Batch = dict[str, Tensor]
@@ -50,13 +52,18 @@ class TernaryModule(pl.LightningModule):
         aside: seconds since the last step that were not spent on training (evaluations).
     """
 
-    def __init__(self, model: PreTrainedModel, stream: PackedStream, config: RunConfig, *, quantized: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, stream: PackedStream, config: RunConfig, identity: Identity, *, quantized: bool
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model = model
         self.stream = stream
         self.run_config = config
+        self.identity = identity
         self.quantized = quantized
+        # Now: when the optimiser is built, a checkpoint's weights may be in the model, whose groups would be others.
+        self.groups = parameter_groups(model, config.training)
         self.peak_rate = config.training.learning_rate
         if not quantized and config.training.learning_rate_fp is not None:
             self.peak_rate = config.training.learning_rate_fp
@@ -80,7 +87,7 @@ class TernaryModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW; its rates are set at every step from the step's number."""
-        return build_optimizer(self.model, self.run_config.training)
+        return build_optimizer(self.groups, self.run_config.training)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Take one optimiser step on this process's rows of the step's batch."""
@@ -137,9 +144,9 @@ class TernaryModule(pl.LightningModule):
         return reduced
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the position in the data, every process's random state (as tensors) and the thread count."""
+        """Add the run's identity, the position in the data, every process's random state (as tensors) and the thread count."""
         states = torch.stack(self._gather(torch.get_rng_state()))
-        checkpoint["wrinklefree"] = {
+        checkpoint[KEY] = asdict(self.identity) | {
             "rows_seen": self.rows_seen,
             "tokens_seen": self.tokens_seen,
             "elapsed": self.elapsed,
@@ -149,7 +156,7 @@ class TernaryModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what `on_save_checkpoint` added."""
-        state = checkpoint["wrinklefree"]
+        state = checkpoint[KEY]
         self.rows_seen, self.tokens_seen = state["rows_seen"], state["tokens_seen"]
         self.elapsed = state["elapsed"]
         torch.set_num_threads(state["threads"])
@@ -159,6 +166,7 @@ class TernaryModule(pl.LightningModule):
     def _gather(self, value: Tensor) -> list[Tensor]:
         if self.trainer.world_size == 1:
             return [value]
+        value = value.to(self.device)  # NCCL gathers nothing else
         parts = [torch.empty_like(value) for _ in range(self.trainer.world_size)]
         torch.distributed.all_gather(parts, value)
-        return parts
+        return [part.cpu() for part in parts]

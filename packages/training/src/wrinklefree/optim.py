@@ -36,6 +36,6 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
     return [{"params": found, "weight_decay": decay, "rate_share": share} for (decay, share), found in groups.items()]
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:
     """Return AdamW over `parameter_groups`."""
-    return torch.optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, betas=config.betas, eps=1e-8)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=1e-8)

@@ -3,7 +3,9 @@
 import copy
 import os
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,13 @@ from data_handler import PackedStream
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from wrinklefree.arm import ArmResult, train_arm
-from wrinklefree.artifacts import export, finite, plot_losses, sample, write_json
+from wrinklefree.artifacts import export, finite, plot_losses, sample
 from wrinklefree.callbacks import newest_checkpoint
 from wrinklefree.config import RunConfig
 from wrinklefree.evaluation import heldout_loss, perplexity
+from wrinklefree.files import write_json, write_text, writing
 from wrinklefree.models import Start, build_start
-
-FREE_TO_CHANGE = {"output_dir", "resume", "sample_prompt", "distributed"}
-"""What may differ between a run and the one it continues."""
+from wrinklefree.resume import KEY, check_config, plain, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -44,30 +45,28 @@ def train(config: RunConfig) -> Outcome:
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     say(f"run directory: {directory}")
-    start = build_start(config)
+    start = build_start(config, _saved_tokenizer(resume) if resume else None)
     say(f"model: {start.note}")
     seed = config.training.seed
     train_rows = PackedStream(config.data, start.tokenizer, seed=seed)
     heldout = PackedStream(config.data, start.tokenizer, seed=seed, split="heldout")
     twin = copy.deepcopy(start.model) if config.training.compare_fp and start.original is None else None
-    logger = build_logger(config, directory)
-    ternary = train_arm(
-        "ternary", start.model, train_rows, heldout, config, directory, quantized=True, resume=resume, logger=logger
-    )
-    if ternary.interrupted:
-        return Outcome(None, ternary.checkpoint)
-    if _is_first():
-        save_master(ternary.model, directory / "model", start.tokenizer, start.provenance)
-    arms = {"ternary": directory / "metrics.jsonl"}
-    reference: ArmResult | None = None
-    if twin is not None:
-        fp_resume = newest_checkpoint(directory / "fp" / "checkpoints") if config.resume != "none" else None
-        reference = train_arm(
-            "unquantised", twin, train_rows, heldout, config, directory / "fp", quantized=False, resume=fp_resume, logger=logger
-        )
-        if reference.interrupted:
-            return Outcome(None, reference.checkpoint)
-        arms["unquantised"] = directory / "fp" / "metrics.jsonl"
+    with wandb_logger(config, directory) as logger:
+        common: dict[str, Any] = {"config": config, "logger": logger, "tokenizer": start.trained_tokenizer}
+        ternary = train_arm("ternary", start.model, train_rows, heldout, directory, quantized=True, resume=resume, **common)
+        if ternary.interrupted:
+            return Outcome(None, ternary.checkpoint)
+        if _is_first():
+            save_master(ternary.model, directory / "model", start.tokenizer, start.provenance)
+        arms = {"ternary": directory / "metrics.jsonl"}
+        reference: ArmResult | None = None
+        if twin is not None:
+            folder = directory / "fp"
+            again = newest_checkpoint(folder / "checkpoints")
+            reference = train_arm("unquantised", twin, train_rows, heldout, folder, quantized=False, resume=again, **common)
+            if reference.interrupted:
+                return Outcome(None, reference.checkpoint)
+            arms["unquantised"] = folder / "metrics.jsonl"
     if not _is_first():
         return Outcome(None)
     loss_fp = reference.heldout_loss if reference else _original_loss(start, config, heldout)
@@ -84,9 +83,9 @@ def _finish(
     directory: Path,
 ) -> dict[str, Any]:
     plot_losses(directory / "loss.png", arms)
-    text = sample(ternary.model, start.tokenizer, config.sample_prompt, config.training.seed)
     say("exporting model.gguf and proving it ...")
     proof = export(directory / "model", directory / "model.gguf")
+    text = sample(ternary.model, start.tokenizer, config.sample_prompt, config.training.seed)
     compared = None if loss_fp is None else "trained on the same tokens" if reference else "the original, not trained further"
     summary = {
         "model": config.model.name,
@@ -115,63 +114,69 @@ def prepare_directory(config: RunConfig, directory: Path) -> Path | None:
     """Create the run directory, record the configuration, and return the checkpoint to continue from.
 
     Raises:
-        UserError: if the directory holds a finished run, another run's configuration, or checkpoints that `resume=none` would lose.
+        UserError: if the directory holds a finished run or checkpoints that would be lost, or the checkpoint is missing, damaged
+            or of other settings.
     """
     if (directory / "summary.json").is_file():
         raise UserError(f"{directory} holds a finished run: choose another output_dir")
-    newest = newest_checkpoint(directory / "checkpoints")
+    checkpoints = directory / "checkpoints"
+    newest = newest_checkpoint(checkpoints)
     if config.resume == "none" and newest:
         raise UserError(f"{directory} holds checkpoints of a run: choose another output_dir, or resume=auto to continue it")
     chosen = newest if config.resume in ("auto", "none") else Path(config.resume)
     if chosen is not None and not chosen.is_file():
         raise UserError(f"the checkpoint {chosen} does not exist: give resume=auto, resume=none or a step-N.ckpt file")
-    record = asdict(config)
-    if not _is_first():
-        return chosen
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "config.yaml"
-        if newest and path.is_file():
-            _check_same(yaml.safe_load(path.read_text()), yaml.safe_load(yaml.safe_dump(_plain(record))), directory)
-        temporary = path.with_suffix(".partial")
-        temporary.write_text(yaml.safe_dump(_plain(record), sort_keys=False))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"the run directory {directory} cannot be written ({error.strerror}): choose another output_dir") from None
+    if chosen is not None and newest is not None and chosen.resolve().parent != checkpoints.resolve():
+        raise UserError(f"{directory} holds checkpoints of its own run, and {chosen} is of another: choose another output_dir")
+    if chosen is not None:
+        check_config(chosen, read_checkpoint(chosen), config)
+    if _is_first():
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        write_text(directory / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
     return chosen
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+def _saved_tokenizer(checkpoint: Path) -> str | None:
+    tokenizer: str | None = read_checkpoint(checkpoint)[KEY]["tokenizer"]
+    return tokenizer
 
 
-def _check_same(old: dict[str, Any], new: dict[str, Any], directory: Path, prefix: str = "") -> None:
-    for key in old.keys() | new.keys():
-        name, a, b = f"{prefix}{key}", old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            _check_same(a, b, directory, f"{name}.")
-        elif a != b and name.split(".")[0] not in FREE_TO_CHANGE:
-            raise UserError(
-                f"{directory} holds an unfinished run with {name}={a}, and this one has {name}={b}: "
-                "give the same value to continue it, or another output_dir"
-            )
+@contextmanager
+def wandb_logger(config: RunConfig, directory: Path) -> Iterator[Logger | None]:
+    """Give the wandb logger, offline where no key is known and training.wandb is "auto"; its run ends with the block.
 
-
-def build_logger(config: RunConfig, directory: Path) -> Logger | None:
-    """Return the wandb logger; offline where no key is known and training.wandb is "auto"."""
+    Raises:
+        UserError: if wandb cannot start, for example because of a malformed key.
+    """
     mode = config.training.wandb
     if mode == "off" or not _is_first():
-        return None
+        yield None
+        return
+    # Before the import: it fixes wandb's settings, and its remarks would bury ours.
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
     has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-    os.environ.setdefault("WANDB_SILENT", "true")
     offline = mode == "offline" or not has_key
-    # Said twice: reading the key has fixed wandb's settings already, and Lightning's `offline` comes too late for them.
-    chosen = "offline" if offline else "online"
-    return WandbLogger(project="wrinklefree", name=directory.name, save_dir=str(directory), offline=offline, mode=chosen)
+    logger = WandbLogger(
+        project="wrinklefree",
+        name=directory.name,
+        save_dir=str(directory),
+        offline=offline,
+        # Said twice: Lightning's `offline` comes too late for settings that are fixed already.
+        mode="offline" if offline else "online",
+    )
+    try:
+        run = logger.experiment
+    except (wandb.Error, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(f"wandb could not start ({reason}): set WANDB_API_KEY right, or training.wandb=offline") from None
+    try:
+        yield logger
+    finally:
+        run.finish()
 
 
 def say(text: str) -> None:

@@ -8,7 +8,11 @@ from typing import Any
 import pytorch_lightning as pl
 from bitnet_arch import UserError
 
+from wrinklefree.files import writing
+
 _NAME = re.compile(r"step-(\d+)\.ckpt")
+_WRITER = re.compile("PytorchStreamWriter|inline_container|file write failed")
+"""In the RuntimeError that torch's zip writer raises when the disk is full."""
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -27,10 +31,26 @@ def _step(path: Path) -> int:
 
 
 class Checkpoints(pl.Callback):
-    """Writes `step-N.ckpt` every `every` steps and at the end, and keeps the newest `keep`."""
+    """Writes `step-N.ckpt` every `every` steps and at the end, and keeps the newest `keep`.
+
+    Checkpoints of later steps than the one that training starts from are moved to a folder `superseded-N`: they are neither
+    continued by mistake nor lost.
+    """
 
     def __init__(self, directory: Path, every: int, keep: int) -> None:
         self.directory, self.every, self.keep = directory, every, keep
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Set aside what lies ahead of the step that training starts from."""
+        if not trainer.is_global_zero:
+            return
+        if ahead := [path for path in _checkpoints(self.directory) if _step(path) > trainer.global_step]:
+            with writing(self.directory):
+                number = 1 + len(list(self.directory.glob("superseded-*")))
+                aside = self.directory / f"superseded-{number}"
+                aside.mkdir()
+                for path in ahead:
+                    os.replace(path, aside / path.name)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         """Save when it is time."""
@@ -56,9 +76,11 @@ class Checkpoints(pl.Callback):
                 for old in sorted(_checkpoints(self.directory), key=_step)[: -self.keep]:
                     if old != final:
                         old.unlink()
-        except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError when the disk is full
+        except (OSError, RuntimeError) as error:
             if trainer.is_global_zero:
                 temporary.unlink(missing_ok=True)
+            if not isinstance(error, OSError) and not _WRITER.search(str(error)):
+                raise
             newest = newest_checkpoint(self.directory)
             raise UserError(
                 f"writing {final} failed ({str(error).splitlines()[0]}): free some space and resume"

@@ -1,13 +1,13 @@
 """`metrics.jsonl`: one line a step, cut back to the checkpoint's step on resume."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
+from wrinklefree.files import write_text, writing
 from wrinklefree.module import TernaryModule
 
 
@@ -38,9 +38,7 @@ class Metrics(pl.Callback):
         """Drop the lines after the step that training continues from."""
         if trainer.is_global_zero:
             kept = [line for line in read_metrics(self.path) if line["step"] <= trainer.global_step]
-            temporary = self.path.with_suffix(".partial")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(temporary, self.path)
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._since = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
@@ -59,7 +57,7 @@ class Metrics(pl.Callback):
         }
         module.last["tokens_per_s"] = line["tokens_per_s"]
         if trainer.is_global_zero:
-            with self.path.open("a") as file:
+            with writing(self.path), self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             if trainer.logger is not None:
                 figures = {f"{self.prefix}/{key}": value for key, value in line.items()}
