@@ -15,7 +15,7 @@ import pytest
 from bitnet_arch import save_master
 from bitnet_arch.testing import tiny_llama, tiny_tokenizer
 
-ROOT = Path(__file__).parents[2]
+VOCABULARY = 512
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
 
 
@@ -34,7 +34,7 @@ def free_port():
 
 @pytest.mark.timeout(600)
 def test_convert_train_export_serve_ask_and_evaluate(tmp_path):
-    save_master(tiny_llama(hidden=256, ffn=512, vocab=512), tmp_path / "float", tiny_tokenizer())
+    save_master(tiny_llama(hidden=256, ffn=512, vocab=VOCABULARY), tmp_path / "float", tiny_tokenizer())
     wf("convert", tmp_path / "float", "--out", tmp_path / "ternary")
     run = tmp_path / "run"
     wf(
@@ -50,11 +50,21 @@ def test_convert_train_export_serve_ask_and_evaluate(tmp_path):
         "generate", tmp_path / "again.gguf", "def ", "--max-tokens", 8
     )
     ask_server(run / "model.gguf")
-    out = tmp_path / "cards"
-    wf("eval", run / "model", "--tasks", "perplexity", "--limit", 8, "--out", out)
-    trained = json.loads(next(out.glob("*.json")).read_text())
-    assert "perplexity" in json.dumps(trained)
-    assert next(out.glob("*.md")).read_text().startswith("#")
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0] - 0.2
+    by_torch = evaluate(run / "model", "perplexity,sst2_local", tmp_path / "torch")
+    by_engine = evaluate(run / "model.gguf", "sst2_local", tmp_path / "engine")
+    assert 1 < by_torch["tasks"]["perplexity"]["metrics"]["token_perplexity"]["value"] < VOCABULARY
+    assert by_engine["model"]["parity"] == "proven"
+    one, two = (found["tasks"]["sst2_local"] for found in (by_torch, by_engine))
+    assert one["stand_in"]
+    assert one["metrics"]["acc"]["value"] == two["metrics"]["acc"]["value"]
+
+
+def evaluate(model, tasks, out):
+    wf("eval", model, "--tasks", tasks, "--limit", 8, "--out", out)
+    assert (out / "card.md").read_text().startswith("# Evaluation of")
+    return json.loads((out / "results.json").read_text())
 
 
 def ask_server(path):

@@ -98,18 +98,17 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(overrides, tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_two_processes_train_as_one_does(overrides, tmp_path):
-    one = start(overrides, "training.compare_fp=false", f"output_dir={tmp_path / 'one'}")
-    finish(one, 0)
-    ddp = ["distributed=ddp", "distributed.accelerator=cpu", "training.compare_fp=false", f"output_dir={tmp_path / 'two'}"]
+def test_two_processes_with_micro_batches_train_as_one_does(overrides, tmp_path):
+    finish(start(overrides, f"output_dir={tmp_path / 'one'}"), 0)
+    ddp = ["distributed=ddp", "distributed.accelerator=cpu", "training.micro_batch_rows=1", f"output_dir={tmp_path / 'two'}"]
     finish(start(overrides, *ddp), 0)
-    single, double = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    assert [x["step"] for x in single] == [x["step"] for x in double]
-    assert [x["loss"] for x in double] == pytest.approx([x["loss"] for x in single], abs=2e-3)
-    assert double[0]["loss"] == pytest.approx(single[0]["loss"], abs=1e-5)
-    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
-    worst = max(float((a[name] - b[name]).abs().max()) for name in a)
-    assert worst < 2e-2
+    # Without quantisation sums in another order differ in the last place and stay there; a ternary code at a rounding edge
+    # turns that into a visible step sooner or later, so there only the beginning can be held to it.
+    for arm, tolerances in (("fp", [1e-5] * STEPS), (".", [1e-5] * 4 + [5e-2] * (STEPS - 4))):
+        single, double = (read_metrics(tmp_path / name / arm / "metrics.jsonl") for name in ("one", "two"))
+        assert [x["step"] for x in single] == [x["step"] for x in double] == list(range(1, STEPS + 1))
+        for one, two, tolerance in zip(single, double, tolerances, strict=True):
+            assert two["loss"] == pytest.approx(one["loss"], abs=tolerance)
 
 
 @pytest.mark.timeout(600)
