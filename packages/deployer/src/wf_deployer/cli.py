@@ -168,11 +168,21 @@ def serve(
     host: Annotated[str | None, typer.Option(help="The address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="The port to listen on.")] = None,
     alias: Annotated[str | None, typer.Option(help="The model's name in the API.")] = None,
+    context: Annotated[int | None, typer.Option(min=8, help="Tokens that one request may use.")] = None,
+    parallel: Annotated[int | None, typer.Option(min=1, help="Requests decoded at once; more of them wait.")] = None,
+    api_key_file: Annotated[str | None, typer.Option(metavar="FILE", help="One API key a line (or set WF_API_KEY).")] = None,
     dry_run: DryRun = False,
     verbose: Verbose = False,
 ) -> None:
     """Serve a model over an OpenAI-compatible API, until Ctrl-C."""
-    options = {"--host": host, "--port": port, "--alias": alias}
+    options = {
+        "--host": host,
+        "--port": port,
+        "--alias": alias,
+        "--context": context,
+        "--parallel": parallel,
+        "--api-key-file": api_key_file,
+    }
     _start("wrinklefree_inference", inference_argv("serve", [model], options), dry_run, verbose)
 
 
@@ -188,12 +198,13 @@ def evaluate(
     tasks: Annotated[str, typer.Option(metavar="NAMES", help="Tasks, separated by commas.")],
     out: Annotated[str | None, typer.Option(metavar="DIR", help="Where results.json and the Markdown card go.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="How many examples of each task.")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens of a window.")] = None,
     json: Json = False,
     dry_run: DryRun = False,
     verbose: Verbose = False,
 ) -> None:
     """Evaluate a model; writes JSON and a Markdown card."""
-    options = {"--tasks": tasks, "--out": out, "--limit": limit, "--json": json}
+    options = {"--tasks": tasks, "--out": out, "--limit": limit, "--context": context, "--json": json}
     _start("wrinklefree_eval", eval_argv(model, options), dry_run, verbose)
 
 

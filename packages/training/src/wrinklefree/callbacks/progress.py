@@ -1,6 +1,7 @@
 """A progress bar with loss, speed and the time left."""
 
 import sys
+import time
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,11 +11,11 @@ from rich.progress import Progress as Bar
 
 from wrinklefree.module import TernaryModule
 
-LINES = 10
+LINES, SILENCE = 10, 60.0
 
 
 class Progress(pl.Callback):
-    """Draws a bar on a terminal; elsewhere prints about ten lines a run, so that logs stay readable."""
+    """Draws a bar on a terminal; elsewhere prints about ten lines a run, and one a minute if it is slow."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -22,9 +23,11 @@ class Progress(pl.Callback):
         self._bar: Bar | None = None
         self._smoothed: float | None = None
         self._heldout: float | None = None
+        self._printed = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Open the bar."""
+        self._printed = time.monotonic()
         if not trainer.is_global_zero or not self._console.is_terminal:
             return
         columns = (TextColumn(self.title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
@@ -45,7 +48,12 @@ class Progress(pl.Callback):
             figures += f"  held-out {self._heldout:.3f}"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, figures=figures)
-        elif step % max(1, trainer.max_steps // LINES) == 0 or step == trainer.max_steps:
+        elif (
+            step % max(1, trainer.max_steps // LINES) == 0
+            or step == trainer.max_steps
+            or time.monotonic() - self._printed > SILENCE
+        ):
+            self._printed = time.monotonic()
             rows = module.run_config.training.rows_per_step * module.run_config.data.sequence_length
             left = (trainer.max_steps - step) * rows / self._smoothed
             print(f"{self.title}: step {step}/{trainer.max_steps}  {figures}  {left:.0f} s left", file=sys.stderr, flush=True)
