@@ -228,6 +228,67 @@ def test_convert_command(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--norm", "none", "--softness", "0.1"], "--softness has no effect with --norm none"),
+        (["--norm", "none", "--calibration", "x.txt"], "--calibration has no effect with --norm none"),
+        (["--norm", "none", "--gain", "calibrated"], "--gain has no effect with --norm none"),
+        (["--gain", "one", "--softness", "0.1"], "--softness has no effect with --gain one"),
+        (["--gain", "one", "--calibration", "x.txt"], "--calibration has no effect with --gain one"),
+    ],
+    ids=["none-softness", "none-calibration", "none-gain", "one-softness", "one-calibration"],
+)
+def test_an_option_without_effect_is_refused_before_anything_is_read(options, words, tmp_path, capsys):
+    assert main(["convert", "owner/unreachable", "--out", str(tmp_path / "x"), *options]) == 2
+    assert capsys.readouterr().err == f"error: {words}: leave one of them out\n"
+
+
+def test_options_left_out_take_the_defaults_of_the_library(tmp_path):
+    save_master(tiny_llama(hidden=64, ffn=128), tmp_path / "float", tiny_tokenizer())
+    given = {
+        "left-out": [],
+        "given": ["--norm", "subln", "--gain", "calibrated", "--softness", "0.1"],
+        "other": ["--softness", "9"],
+    }
+    weights = {}
+    for name, options in given.items():
+        assert main(["convert", str(tmp_path / "float"), "--out", str(tmp_path / name), *options]) == 0
+        weights[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert weights["left-out"] == weights["given"] != weights["other"]
+    assert ConversionConfig() == ConversionConfig(norm="subln", gain="calibrated", softness=0.1)
+
+
+@pytest.mark.parametrize("around", [None, "<|begin|> $A", "<|begin|> $A <|endoftext|>"], ids=["nothing", "begin", "both"])
+def test_a_tokenizer_that_adds_tokens_outlives_conversion(around, tmp_path):
+    tokenizer = tiny_tokenizer(around=around)
+    save_master(tiny_llama(hidden=64, ffn=128), tmp_path / "float", tokenizer)
+    assert main(["convert", str(tmp_path / "float"), "--out", str(tmp_path / "ternary")]) == 0
+    for text in ("", "a fox"):
+        assert load_tokenizer(tmp_path / "ternary")(text).input_ids == tokenizer(text).input_ids
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"temperature": 0.6, "top_p": 0.9}, {"temperature": 0.6, "do_sample": False}, {"num_beams": 1, "early_stopping": True}],
+    ids=["sampling", "no-sampling", "beams"],
+)
+def test_generation_settings_that_transformers_refuses_to_save_lose_nothing(values, tmp_path):
+    save_master(tiny_llama(hidden=64, ffn=128), tmp_path / "float", tiny_tokenizer())
+    (tmp_path / "float/generation_config.json").write_text(json.dumps(values | {"eos_token_id": 0}))
+    with pytest.raises(ValueError, match="Fix these issues"):
+        load_model(tmp_path / "float").generation_config.save_pretrained(str(tmp_path / "refused"))
+    model = convert_model(load_model(tmp_path / "float"), ConversionConfig(gain="one"))
+    save_master(model, tmp_path / "m")
+    save_packed(model, tmp_path / "p")
+    for name in ("m", "p"):
+        found = load_model(tmp_path / name).generation_config
+        assert {key: getattr(found, key) for key in values} == values
+        assert found.eos_token_id == 0
+    save_master(load_model(tmp_path / "m"), tmp_path / "again")
+    assert (tmp_path / "again/generation_config.json").read_text() == (tmp_path / "m/generation_config.json").read_text()
+
+
 IMPORT = """
 import sys, socket
 def refuse(*a, **k): raise AssertionError("network")

@@ -2,7 +2,7 @@ import gguf
 import numpy as np
 import pytest
 from bitnet_arch import UserError, open_weights, save_master, save_packed
-from bitnet_arch.gguf import TYPES, export_gguf, read_gguf
+from bitnet_arch.gguf import PROVENANCE_KEY, TYPES, export_gguf, file_differences, read_gguf
 from bitnet_arch.testing import tiny_bitnet, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,6 +70,47 @@ def test_a_width_of_576_is_refused_by_name_and_auto_takes_q2_0(tmp_path):
     assert not (tmp_path / "out.gguf").exists()
     tensors = export_gguf(tmp_path / "m", tmp_path / "out.gguf").tensors
     assert (tensors["blk.0.attn_q.weight"], tensors["blk.0.ffn_down.weight"]) == ("q2_0", "tq2_0")
+
+
+@pytest.mark.parametrize(
+    ("around", "begin", "end"),
+    [
+        (None, False, False),
+        ("$A", False, False),
+        ("<|begin|> $A", True, False),
+        ("$A <|endoftext|>", False, True),
+        ("<|begin|> $A <|endoftext|>", True, True),
+    ],
+    ids=["nothing", "empty-template", "begin", "end", "both"],
+)
+def test_the_file_says_what_the_tokenizer_puts_around_a_text(around, begin, end, tmp_path):
+    save_master(tiny_bitnet(hidden=64, ffn=128, layers=1), tmp_path / "m", tiny_tokenizer(around=around))
+    export_gguf(tmp_path / "m", tmp_path / "out.gguf")
+    metadata = read_gguf(tmp_path / "out.gguf").metadata
+    assert metadata["tokenizer.ggml.add_bos_token"] is begin
+    assert metadata["tokenizer.ggml.add_eos_token"] is end
+    assert metadata["tokenizer.ggml.eos_token_id"] == 0
+    assert metadata.get("tokenizer.ggml.bos_token_id") == (None if around is None else 1)
+
+
+@pytest.mark.parametrize("around", ["<|endoftext|> $A", "<|begin|> <|begin|> $A", "$A <|begin|>"], ids=["other", "twice", "behind"])
+def test_what_llama_cpp_cannot_put_around_a_text_is_refused(around, tmp_path):
+    save_master(tiny_bitnet(hidden=64, ffn=128, layers=1), tmp_path / "m", tiny_tokenizer(around=around))
+    made = around.replace("$A", "a").replace("|", r"\|")
+    with pytest.raises(UserError, match=rf"tokenizer\.json makes '{made}' of the text 'a'.* change the post_processor"):
+        export_gguf(tmp_path / "m", tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_the_file_says_where_its_weights_come_from(master, tmp_path):
+    export_gguf(master, tmp_path / "plain.gguf")
+    assert PROVENANCE_KEY not in read_gguf(tmp_path / "plain.gguf").metadata
+    save_master(tiny_bitnet(), master, tiny_tokenizer(), provenance="a 4-bit copy")
+    export_gguf(master, tmp_path / "out.gguf")
+    assert read_gguf(tmp_path / "out.gguf").metadata["wrinklefree.provenance"] == "a 4-bit copy"
+    with open_weights(master) as reader:
+        assert file_differences(reader, tmp_path / "out.gguf") == []
+        assert file_differences(reader, tmp_path / "plain.gguf") == ["key wrinklefree.provenance"]
 
 
 def test_what_the_architecture_cannot_hold_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The parity gate's parts, and the gate itself with engines made of torch."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,18 +10,23 @@ from bitnet_arch import BitLinear, PackedBitLinear, UserError, load_model, open_
 from bitnet_arch.gguf import annotate_gguf, export_gguf, file_differences, read_gguf
 from bitnet_arch.parity import (
     FORWARDS,
+    Comparison,
     EngineInfo,
     ParityBounds,
     ParityReport,
     compare,
     compare_linear,
+    differing_lines,
     emulated_model,
     run_gate,
     summarize,
+    tokenizer_check,
 )
 from bitnet_arch.parity.activations import round_q8_0, round_q8_k
+from bitnet_arch.parity.gate import FLOORS, _end_to_end_checks
 from bitnet_arch.parity.report import at_least, at_most
 from bitnet_arch.parity.stream import LayerStream
+from bitnet_arch.parity.tokens import LINES
 from bitnet_arch.testing import tiny_bitnet, tiny_tokenizer, train_tiny
 from torch import nn
 
@@ -270,6 +276,89 @@ def test_a_model_whose_noise_hides_a_wrong_type_is_unproven(master, file, window
 def test_useless_windows_are_refused(bad, master, file):
     with pytest.raises(UserError, match="token windows"):
         gate(master, file, torch_engine(load_model(master)), bad)
+
+
+# ---- what rounding alone can explain
+
+
+def end_to_end(packed, off, floor):
+    """The end-to-end checks, by name, of a run that measured these mean distances."""
+
+    def distance(kl):
+        return Comparison(positions=1, mean_kl=kl, max_kl=kl, top1=1.0, flip_margin=0.0, perplexity_ratio=1.0)
+
+    found = {name: distance(floor) for name in FLOORS}
+    found |= {"packed against training": distance(packed), "activation quantisation off": distance(off)}
+    return {check.name: check for check in _end_to_end_checks(found, ParityBounds())}
+
+
+@pytest.mark.parametrize(
+    ("packed", "floor", "holds"),
+    [(0.212, 0.1, None), (0.15, 0.1, None), (0.212, 0.01, False), (0.15, 0.01, True), (1.0, 0.05, False), (1.0, 0.1, None)],
+    ids=["false-alarm", "wide-floor", "missed", "held", "control", "control-in-noise"],
+)
+def test_the_packed_ratio_is_judged_only_where_rounding_leaves_room(packed, floor, holds):
+    checks = end_to_end(packed, off=1.0, floor=floor)
+    check = checks["packed.activation_ratio"]
+    assert (check.holds, check.value, check.bound) == (holds, packed, 0.2)
+    assert ("rounding moves this model too far" in check.note) == (holds is None)
+    # What quantises nothing is as far as `off`, and is refused by the plain distance where the ratio is not judged.
+    assert (checks["packed.mean_kl"].holds is False) == (packed == 1.0 or floor == 0.01)
+
+
+def test_an_undecided_packed_ratio_does_not_fail_a_model_and_the_control_fails_all_the_same(master, file, windows):
+    undecided = ParityBounds(min_positions=1, decidable=1e9)
+    engine = torch_engine(emulated_model(master, file))
+    report = run_gate(master, file, engine, windows, undecided)
+    assert (report.status, report.failed_checks()) == ("proven", [])
+    assert [c.holds for c in report.checks if c.name.endswith("activation_ratio")] == [None, None]
+    forwards = FORWARDS | {"packed": FORWARDS["training without activation quantisation"]}
+    control = run_gate(master, file, engine, windows, undecided, forwards=forwards)
+    assert control.status == "failed"
+    assert {"layers.output_error", "packed.mean_kl"} <= set(control.failed_checks())
+
+
+# ---- tokens
+
+
+def test_an_engines_tokens_are_compared_line_by_line():
+    tokenizer = tiny_tokenizer(around="<|begin|> $A")
+
+    def whole(text):
+        return tokenizer(text).input_ids
+
+    def bare(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    def loses_trailing_spaces(text):
+        return whole(text.rstrip(" "))
+
+    assert differing_lines(whole, whole) == []
+    assert differing_lines(whole, bare) == list(LINES)
+    differ = differing_lines(whole, loses_trailing_spaces)
+    assert 0 < len(differ) < len(LINES)
+    assert all(line.endswith(" ") for line in differ)
+    right, wrong = tokenizer_check(whole, whole), tokenizer_check(whole, loses_trailing_spaces)
+    assert (right.name, right.value, right.bound, right.holds) == ("tokenizer", 0, 0, True)
+    assert (wrong.value, wrong.holds) == (len(differ), False)
+    assert wrong.note.startswith(f"{len(differ)} of {len(LINES)} lines, the first ' ': tokens [1] instead of [1, ")
+
+
+def test_an_engine_that_cuts_text_otherwise_fails_though_its_logits_agree(master, file, windows):
+    tokenizer = tiny_tokenizer()
+    engine = torch_engine(emulated_model(master, file))
+    right = replace(engine, tokenize=lambda text: tokenizer(text).input_ids)
+    wrong = replace(engine, tokenize=lambda text: [0, *tokenizer(text).input_ids])
+    assert "tokenizer" not in {check.name for check in gate(master, file, engine, windows).checks}
+    report = gate(master, file, right, windows)
+    assert (report.status, {c.name: c.holds for c in report.checks}["tokenizer"]) == ("proven", True)
+    report = gate(master, file, wrong, windows)
+    assert (report.status, report.failed_checks()) == ("failed", ["tokenizer"])
+    lines = len(LINES)
+    assert report.reason.startswith(
+        f"the engine cuts text into other tokens than the model's tokenizer, {lines} of {lines} lines, the first '': tokens [0]"
+    )
+    assert report.metadata()["wrinklefree.parity.tokenizer.value"] == lines
 
 
 # ---- emulated_model, bytes and metadata

@@ -4,7 +4,8 @@ import json
 
 import pytest
 from bitnet_arch import UserError, save_master
-from bitnet_arch.gguf import export_gguf
+from bitnet_arch.gguf import annotate_gguf, export_gguf
+from bitnet_arch.parity import ParityReport
 from bitnet_arch.testing import tiny_bitnet, tiny_tokenizer
 from wrinklefree_eval.evaluate import describe_model
 from wrinklefree_eval.report import Evaluation, Metric, ModelInfo, TaskResult, prepare_directory, write_report
@@ -124,11 +125,17 @@ def test_a_model_says_where_it_is_from_and_whether_it_was_proven(tmp_path):
     export_gguf(directory, file)
     assert describe_model(directory) == ModelInfo(str(directory), "directory", "master", "PyTorch (transformers)")
     assert describe_model(file) == ModelInfo(str(file), "gguf", "tq2_0", "llama.cpp (xllamacpp)", parity="no report")
+    # What lies beside a file may belong to another one, and may be missing where it is moved to: the file itself says it.
     (directory / "provenance.json").write_text('{"source": "a 4-bit copy"}')
     (tmp_path / "model.gguf.parity.json").write_text('{"status": "proven"}')
     assert describe_model(directory).provenance == "a 4-bit copy"
-    assert describe_model(file).parity == "proven"
-    assert describe_model(file).provenance == "a 4-bit copy"
+    assert (describe_model(file).parity, describe_model(file).provenance) == ("no report", None)
+    export_gguf(directory, file)
+    moved = tmp_path / "elsewhere" / "renamed.gguf"
+    moved.parent.mkdir()
+    annotate_gguf(file, moved, ParityReport(status="unproven", reason="skipped").metadata())
+    assert (describe_model(file).parity, describe_model(file).provenance) == ("no report", "a 4-bit copy")
+    assert (describe_model(moved).parity, describe_model(moved).provenance) == ("unproven", "a 4-bit copy")
     (directory / "provenance.json").write_text("{")
     with pytest.raises(UserError, match=r"provenance\.json is damaged"):
         describe_model(directory)

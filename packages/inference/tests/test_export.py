@@ -44,6 +44,7 @@ def test_the_command_proves_a_model_on_1000_positions(directory, tmp_path, capsy
     assert {k: v for k, v in printed.items() if k in sidecar} == sidecar
     assert all(check["holds"] is not False for check in sidecar["checks"])
     assert sidecar["types"]["blk.0.ffn_up.weight"] == "q2_0"
+    assert next(check for check in sidecar["checks"] if check["name"] == "tokenizer")["holds"] is True
     metadata = read_gguf(tmp_path / "model.gguf").metadata
     assert metadata["wrinklefree.parity.status"] == "proven"
     assert metadata["wrinklefree.parity.engine"] == "llama.cpp (xllamacpp)"
@@ -56,6 +57,14 @@ def test_the_command_proves_a_model_on_1000_positions(directory, tmp_path, capsy
     with LlamaCpp(tmp_path / "model.gguf") as engine:
         assert np.isfinite(engine.logprobs([5, 6, 7])).all()
     assert not stages
+
+
+def test_the_file_keeps_where_its_weights_come_from(model, tmp_path):
+    save_master(model, tmp_path / "m", tiny_tokenizer(), provenance="a 4-bit copy")
+    assert export_proven(tmp_path / "m", tmp_path / "out.gguf", positions=4).failed_checks() == []
+    metadata = read_gguf(tmp_path / "out.gguf").metadata
+    assert metadata["wrinklefree.provenance"] == "a 4-bit copy"
+    assert metadata["wrinklefree.parity.tokenizer.value"] == metadata["wrinklefree.parity.tokenizer.bound"] == 0
 
 
 def test_a_packed_directory_is_compared_with_its_own_matrices(model, tmp_path):

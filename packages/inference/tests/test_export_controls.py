@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from bitnet_arch import open_weights, save_master
+from bitnet_arch import load_model, open_weights, save_master
 from bitnet_arch.__main__ import main as convert
 from bitnet_arch.gguf import export_gguf, read_gguf
-from bitnet_arch.parity import FORWARDS, EngineInfo, ParityBounds, emulated_model, run_gate
+from bitnet_arch.parity import FORWARDS, EngineInfo, ParityBounds, ParityError, emulated_model, run_gate
 from bitnet_arch.testing import tiny_bitnet, tiny_tokenizer, train_tiny
 from wrinklefree_inference.export import export_proven, probe_windows
 from wrinklefree_inference.llamacpp import EngineError, LlamaCpp, normalized
@@ -57,7 +57,7 @@ def gate(trained, path, forwards=None, windows=1):
     directory, ids = trained
     bounds = ParityBounds(min_positions=windows * WINDOW)
     with LlamaCpp(path) as engine:
-        info = EngineInfo(engine.logprobs, "llama.cpp", engine.version)
+        info = EngineInfo(engine.logprobs, "llama.cpp", engine.version, engine.tokenize)
         return run_gate(directory, path, info, ids[:windows], bounds, forwards=forwards)
 
 
@@ -181,6 +181,54 @@ def test_a_damaged_file_fails(damage, kind, caught_by_logits, trained, files, tm
     assert report.status == "failed"
     assert "bytes" in missed
     assert ("engine.mean_kl" in missed) or not caught_by_logits
+
+
+# ---- what can go wrong with text: logits are compared on token ids and agree all the same
+
+
+@pytest.fixture(scope="module")
+def begun(trained, tmp_path_factory):
+    """The trained model with a tokenizer that puts a begin token before every text."""
+    directory = tmp_path_factory.mktemp("begun") / "m"
+    save_master(load_model(trained[0]), directory, tiny_tokenizer(around="<|begin|> $A"))
+    with open_weights(directory) as reader:
+        return directory, probe_windows(reader, WINDOW)
+
+
+def test_a_tokenizer_that_puts_a_begin_token_before_texts_is_proven(begun, tmp_path):
+    export_gguf(begun[0], tmp_path / "out.gguf")
+    report = gate(begun, tmp_path / "out.gguf")
+    assert (report.status, report.failed_checks()) == ("proven", [])
+    with LlamaCpp(tmp_path / "out.gguf") as engine:
+        for text, ids in (("", [1]), ("a fox", [1, *tiny_tokenizer(around="$A")("a fox").input_ids])):
+            assert engine.tokenize(text) == ids
+
+
+@pytest.mark.parametrize("key", ["add_bos_token", "add_eos_token"])
+@pytest.mark.parametrize("around", [None, "<|begin|> $A"], ids=["nothing", "begin"])
+def test_a_file_that_puts_other_tokens_around_texts_fails_though_logits_agree(key, around, trained, begun, tmp_path):
+    source, path = trained if around is None else begun, tmp_path / "damaged.gguf"
+    export_gguf(source[0], path)
+    data = bytearray(path.read_bytes())
+    at = data.index(f"tokenizer.ggml.{key}".encode()) + len(f"tokenizer.ggml.{key}") + 4
+    data[at] ^= 1
+    path.write_bytes(data)
+    report = gate(source, path)
+    show(f"{key} inverted", report)
+    assert report.failed_checks() == ["bytes", "tokenizer"]
+
+
+@pytest.mark.parametrize("name", ["smollm", "llama-bpe", "default"])
+def test_a_wrong_pre_tokenizer_fails_where_the_exporter_itself_is_wrong(name, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("bitnet_arch.gguf.tokenizer._pre_tokenizer_name", lambda *_: name)
+    export_gguf(trained[0], tmp_path / "out.gguf")
+    report = gate(trained, tmp_path / "out.gguf")
+    show(f"pre-tokenizer {name}", report)
+    assert report.failed_checks() == ["tokenizer"]
+    assert "the engine cuts text into other tokens than the model's tokenizer" in report.reason
+    with pytest.raises(ParityError, match=r"new\.gguf was not written: the engine cuts text into other tokens"):
+        export_proven(trained[0], tmp_path / "new.gguf", positions=4)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
 
 
 # ---- what can go wrong in an engine, or in what it is compared with

@@ -6,13 +6,13 @@ Importing this package reads no network and initialises no accelerator.
 from bitnet_arch.bitlinear import BitLinear, bitlinear_layers, get_lambda, lambda_schedule, set_lambda
 from bitnet_arch.checkpoint import (
     WeightReader,
-    load_config,
     load_model,
     load_tokenizer,
     open_weights,
     save_master,
     save_packed,
 )
+from bitnet_arch.configs import load_config
 from bitnet_arch.convert import ConversionConfig, check_family, convert_model
 from bitnet_arch.errors import UserError
 from bitnet_arch.packed import PackedBitLinear, pack_model

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bitnet_arch.checkpoint import load_tokenizer, open_weights, save_master, save_packed
+from bitnet_arch.configs import load_config
 from bitnet_arch.convert import ConversionConfig, check_family, convert_model
 from bitnet_arch.errors import UserError
 from bitnet_arch.pretrained import load_float_model, resolve_pretrained
@@ -50,7 +51,19 @@ def calibration_rows(tokenizer: object, text: str) -> list[Tensor]:
     return list(ids[None].split(CALIBRATION_LENGTH, dim=1))
 
 
+def _conversion(arguments: argparse.Namespace) -> ConversionConfig:
+    """Return what is asked for; an option that would have no effect is refused."""
+    for why, vain in (("--norm none", ("gain", "softness", "calibration")), ("--gain one", ("softness", "calibration"))):
+        option, value = why.removeprefix("--").split()
+        given = [name for name in vain if getattr(arguments, name) is not None]
+        if getattr(arguments, option) == value and given:
+            raise UserError(f"--{given[0]} has no effect with {why}: leave one of them out")
+    chosen = {name: value for name in ("norm", "gain", "softness") if (value := getattr(arguments, name)) is not None}
+    return ConversionConfig(**chosen)
+
+
 def _convert(arguments: argparse.Namespace) -> None:
+    config = _conversion(arguments)
     source = resolve_pretrained(arguments.source)
     if arguments.out.resolve() == source.path.resolve():
         raise UserError(f"--out {arguments.out} is the source itself, whose weights would be lost: choose another output")
@@ -58,9 +71,8 @@ def _convert(arguments: argparse.Namespace) -> None:
     with open_weights(source.path) as reader:
         if reader.form != "float":
             raise UserError(f"{source.path} is ternary already ({reader.form}): there is nothing to convert")
-    config = ConversionConfig(norm=arguments.norm, gain=arguments.gain, softness=arguments.softness)
+    check_family(load_config(source.path), config.norm)
     model = load_float_model(source)
-    check_family(model.config, config.norm)
     tokenizer = load_tokenizer(source.path)
     rows = None
     if config.norm == "subln" and config.gain == "calibrated":
@@ -108,9 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("source", help="a model directory or a hub id")
     convert.add_argument("--out", type=Path, required=True, help="the directory to write")
-    convert.add_argument("--norm", choices=["subln", "none"], default="subln", help="where norms are inserted")
-    convert.add_argument("--gain", choices=["calibrated", "one"], default="calibrated", help="initial norm gain")
-    convert.add_argument("--softness", type=float, default=0.1, help="0 inserts plain norms; larger is nearer to none")
+    convert.add_argument("--norm", choices=["subln", "none"], default="subln", help="where norms are inserted (subln)")
+    convert.add_argument("--gain", choices=["calibrated", "one"], help="initial norm gain (calibrated)")
+    convert.add_argument("--softness", type=float, help="0 inserts plain norms; larger is nearer to none (0.1)")
     convert.add_argument("--calibration", type=Path, help="a text file (default: Python's own documentation)")
     convert.add_argument("--packed", action="store_true", help="write 2-bit weights instead of float masters")
     convert.add_argument("--json", action="store_true", help="print the result as JSON")

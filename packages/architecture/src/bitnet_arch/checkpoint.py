@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -19,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -28,7 +29,8 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 
 from bitnet_arch.bitlinear import LAMBDA_KEY, BitLinear, get_lambda
-from bitnet_arch.convert import is_quantized_linear, replace_linears
+from bitnet_arch.configs import load_config, read_config, read_json_object, short_reason
+from bitnet_arch.convert import PLAIN_FAMILIES, is_quantized_linear, replace_linears
 from bitnet_arch.errors import UserError
 from bitnet_arch.packed import PackedBitLinear
 from bitnet_arch.packing import pack_codes, unpack_codes
@@ -40,6 +42,8 @@ INDEX_FILE = "model.safetensors.index.json"
 MODEL_SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model"})
 """What a model directory is made of; one that holds anything else is never replaced."""
 
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PROVENANCE_FILE = "provenance.json"
 """Says where a directory's weights come from, so that a label such as "4-bit copy" outlives conversion and training."""
 
@@ -73,13 +77,17 @@ class WeightReader:
         self.directory = Path(directory)
         self.config = read_config(self.directory)
         quantization = self.config.get("quantization_config") or {}
+        if not isinstance(quantization, dict):
+            raise UserError(f"{self.directory}/config.json has a quantization_config that is no object: save the model again")
         if quantization and quantization.get("quant_method") != "bitnet":
             raise UserError(
                 f"{self.directory} is quantised by {quantization.get('quant_method')!r}: only bitnet and float models can be read"
             )
         self.linear_class: LinearClass = quantization.get("linear_class", "bitlinear")
         if self.linear_class not in get_args(LinearClass):
-            raise UserError(f"{self.directory}/config.json names an unknown linear_class {self.linear_class!r}")
+            raise UserError(
+                f"{self.directory}/config.json names an unknown linear_class {self.linear_class!r:.40}: save the model again"
+            )
         mode = quantization.get("quantization_mode", "offline")
         self.form = "float" if not quantization else "master" if mode == "online" else "packed"
         self._handles: dict[str, Any] = {}
@@ -90,6 +98,11 @@ class WeightReader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._handles.clear()
+
+    @cached_property
+    def model_config(self) -> PreTrainedConfig:
+        """What `transformers` makes of `config.json`: with the family's defaults filled in, its sizes checked."""
+        return load_config(self.directory)
 
     def keys(self) -> list[str]:
         """Return the names of all stored tensors."""
@@ -104,14 +117,19 @@ class WeightReader:
         Raises:
             UserError: if the directory has no such tensor.
         """
-        if name not in self._file_of:
-            raise UserError(f"{self.directory} has no tensor {name!r}: the checkpoint is incomplete or of another family")
-        tensor: Tensor = self._open(self._file_of[name]).get_tensor(name)
+        tensor: Tensor = self._holder(name).get_tensor(name)
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the stored shape of a tensor without reading it (a packed weight has a quarter of its rows)."""
-        return tuple(self._open(self._file_of[name]).get_slice(name).get_shape())
+        """Return a tensor's shape without reading it: of a packed weight that of its codes.
+
+        Raises:
+            UserError: if the directory has no such tensor.
+        """
+        stored = self._holder(name).get_slice(name)
+        shape = tuple(stored.get_shape())
+        packed = self.form == "packed" and stored.get_dtype() == "U8" and shape
+        return (shape[0] * 4, *shape[1:]) if packed else shape
 
     def ternary(self, name: str) -> tuple[Tensor, Tensor]:
         """Return `(codes, scale)` of a quantised matrix, from packed bytes or by absmean from a float master.
@@ -130,58 +148,36 @@ class WeightReader:
 
     def _locate(self) -> dict[str, str]:
         index = self.directory / INDEX_FILE
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS_FILE]
+        named: Any = {"": WEIGHTS_FILE}
+        if index.is_file():
+            named = read_json_object(index).get("weight_map")
+            if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+                raise UserError(f"{index} is damaged (its weight_map does not name files): download or save the model again")
+        files = sorted(set(named.values()))
         # The files themselves say what they hold: an index can be stale.
         return {key: file for file in files for key in self._open(file).keys()}  # noqa: SIM118
+
+    def _holder(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise UserError(f"{self.directory} has no tensor {name!r}: the checkpoint is incomplete or of another family")
+        return self._open(self._file_of[name])
 
     def _open(self, file: str) -> Any:
         if file not in self._handles:
             path = self.directory / file
-            if Path(file).name != file or not path.is_file():
-                raise UserError(f"{path} is missing: download or save the model again")
             try:
+                if Path(file).name != file or not path.is_file():
+                    raise UserError(f"{path} is missing: download or save the model again")
                 self._handles[file] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is truncated or damaged ({error}): download or save the model again") from None
+                reason = getattr(error, "strerror", None) or short_reason(error)
+                raise UserError(f"{path} is truncated or damaged ({reason}): download or save the model again") from None
         return self._handles[file]
 
 
 def open_weights(directory: Path | str) -> WeightReader:
     """Open a model directory for reading tensor by tensor."""
     return WeightReader(directory)
-
-
-def read_config(directory: Path | str) -> dict[str, Any]:
-    """Return a directory's parsed `config.json`.
-
-    Raises:
-        UserError: if it is missing or not a JSON object with a `model_type`.
-    """
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{directory} is not a model directory: it has no config.json")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise UserError(f"{path} names no model_type")
-    return config
-
-
-def load_config(directory: Path | str) -> PreTrainedConfig:
-    """Return a directory's configuration object without its quantisation block, which our own layers stand for.
-
-    Raises:
-        UserError: if the family is unknown to `transformers`.
-    """
-    raw = read_config(directory)
-    raw.pop("quantization_config", None)
-    try:
-        return AutoConfig.for_model(raw.pop("model_type"), **raw)
-    except Exception as error:  # transformers validates configurations with several exception types of its own
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{directory}/config.json describes no model that transformers knows: {first_line}") from None
 
 
 def load_model(directory: Path | str, dtype: torch.dtype = torch.float32, quantized: bool = True) -> PreTrainedModel:
@@ -199,27 +195,58 @@ def load_model(directory: Path | str, dtype: torch.dtype = torch.float32, quanti
         UserError: for a missing, damaged, incomplete or unknown checkpoint.
     """
     with open_weights(directory) as reader:
-        config = load_config(directory)
-        config.dtype = dtype
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model = skeleton(reader, dtype)
         if reader.form == "packed" and not quantized:
             raise UserError(f"{directory} is packed and has no float weights: load the master form instead")
         if reader.form == "master" and quantized:
             replace_linears(model)
         _fill(model, reader, dtype)
-    if (Path(directory) / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+    generation = _read_generation_config(Path(directory))
+    if generation is not None:
+        model.generation_config = generation
     model.eval()
+    return model
+
+
+def skeleton(reader: WeightReader, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Build a directory's model on the meta device, having checked that the directory holds every tensor in its shape.
+
+    Its rotary frequencies, which are computed and not stored, have their values.
+
+    Raises:
+        UserError: if `config.json` describes no decoder that this library can load, or other tensors than the directory's.
+    """
+    config, where = load_config(reader.directory), f"{reader.directory}/config.json"
+    config.dtype = dtype
+    layers, tensors = getattr(config, "num_hidden_layers", 0), len(reader.keys())
+    if layers > tensors:  # before an absurd number is built
+        raise UserError(f"{where} asks for {layers} layers, but the directory has {tensors} tensors: mend num_hidden_layers")
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        rotary: Any = dict(model.named_modules()).get("model.rotary_emb")
+        if rotary is not None:
+            model.set_submodule("model.rotary_emb", type(rotary)(config=config))
+    except Exception as error:  # every class of transformers has exceptions of its own for what it cannot build
+        raise UserError(f"no model can be built from {where} ({short_reason(error)}): mend it or use another model") from None
+    if rotary is None:
+        known = ", ".join(sorted({"bitnet", *PLAIN_FAMILIES}))
+        raise UserError(f"{where} describes a {config.model_type!r}, which cannot be loaded: use a model of the families {known}")
+    for name, parameter in model.named_parameters():
+        if reader.form == "packed" and name not in reader and name.endswith(".bias"):
+            continue
+        if reader.shape(name) != parameter.shape:
+            raise UserError(
+                f"{reader.directory}: tensor {name!r} is {list(reader.shape(name))}, but config.json asks for "
+                f"{list(parameter.shape)}: restore the file that was changed"
+            )
     return model
 
 
 def _fill(model: PreTrainedModel, reader: WeightReader, dtype: torch.dtype) -> None:
     """Replace the meta tensors of `model` by the directory's, strictly."""
     state: dict[str, Tensor] = {}
-    for name, parameter in list(model.named_parameters()):
+    for name, _ in list(model.named_parameters()):
         module_name = name.removesuffix(".weight")
         if reader.form == "packed" and is_quantized_linear(module_name) and name.endswith(".weight"):
             bias = f"{module_name}.bias"
@@ -228,12 +255,7 @@ def _fill(model: PreTrainedModel, reader: WeightReader, dtype: torch.dtype) -> N
             continue
         if reader.form == "packed" and is_quantized_linear(name.removesuffix(".bias")):
             continue
-        tensor = reader.get(name)
-        if tensor.shape != parameter.shape:
-            raise UserError(
-                f"{reader.directory}: tensor {name!r} is {list(tensor.shape)}, but config.json asks for {list(parameter.shape)}"
-            )
-        state[name] = tensor.to(dtype)
+        state[name] = reader.get(name).to(dtype)
     for name, module in model.named_modules():
         if isinstance(module, BitLinear):
             state[f"{name}.{LAMBDA_KEY}"] = torch.ones(())
@@ -242,33 +264,60 @@ def _fill(model: PreTrainedModel, reader: WeightReader, dtype: torch.dtype) -> N
     model.tie_weights()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    # Rotary frequencies are computed, not stored; a model built on the meta device has none.
-    rotary: Any = model.get_submodule("model.rotary_emb")
-    model.set_submodule("model.rotary_emb", type(rotary)(config=model.config))
     left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     if left:
-        raise UserError(f"{reader.directory} leaves {len(left)} tensors without values, the first {left[0]!r}")
+        raise UserError(f"{reader.directory} leaves {len(left)} tensors without values, first {left[0]!r}: save the model again")
+
+
+def _read_generation_config(directory: Path) -> GenerationConfig | None:
+    path = directory / GENERATION_FILE
+    if not path.is_file():
+        return None
+    read_json_object(path)
+    try:
+        return GenerationConfig.from_pretrained(str(directory))
+    except Exception as error:  # whatever its validation and its nested configurations raise
+        raise UserError(f"{path} is not valid ({short_reason(error)}): mend it or delete it") from None
 
 
 def read_provenance(directory: Path | str) -> str | None:
-    """Return the line that a directory keeps on where its weights come from, if it keeps one."""
-    try:
-        source = json.loads((Path(directory) / PROVENANCE_FILE).read_text())["source"]
-    except (OSError, ValueError, KeyError, TypeError):
+    """Return the line that a directory keeps on where its weights come from, or None if it keeps none.
+
+    Raises:
+        UserError: if the file that should say so is damaged: what is made of the weights must not lose their label.
+    """
+    path = Path(directory) / PROVENANCE_FILE
+    if not path.is_file():
         return None
-    return source if isinstance(source, str) else None
+    try:
+        source = read_json_object(path).get("source")
+    except UserError:
+        source = None
+    if not isinstance(source, str):
+        raise UserError(f"{path} is damaged or names no source, and results must say where a model is from: restore it")
+    return source
 
 
 def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a model directory.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or its files are damaged.
     """
-    if not (Path(directory) / "tokenizer.json").is_file():
+    directory = Path(directory)
+    if not (directory / "tokenizer.json").is_file():
         raise UserError(f"{directory} has no tokenizer.json: save the tokenizer beside the model")
-    # By class and not by AutoTokenizer: a directory's own words must not choose code.
-    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(str(directory))
+    try:
+        # By class and not by AutoTokenizer: a directory's own words must not choose code.
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(str(directory))
+    except Exception as error:  # the tokenizers library raises bare exceptions
+        for name in TOKENIZER_FILES:
+            if (directory / name).is_file():
+                read_json_object(directory / name)
+        raise UserError(
+            f"{directory}/tokenizer.json or a file beside it describes no tokenizer ({short_reason(error)}): "
+            "download or save the tokenizer again"
+        ) from None
     return tokenizer
 
 
@@ -386,7 +435,9 @@ def _write(
         (target / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
         save_file(state, target / WEIGHTS_FILE, metadata={"format": "pt"})
         if model.generation_config is not None:
-            model.generation_config.save_pretrained(str(target))
+            # Not `save_pretrained`: it refuses what `from_pretrained` only warns of, and a trained model would be lost for a
+            # temperature that its producer set without do_sample.
+            model.generation_config.to_json_file(target / GENERATION_FILE, keys_to_pop=["compile_config"])
         if tokenizer is not None:
             tokenizer.save_pretrained(str(target))
         if provenance is not None:

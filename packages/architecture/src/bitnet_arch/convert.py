@@ -14,6 +14,7 @@ from transformers import BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForC
 from transformers.configuration_utils import PreTrainedConfig
 
 from bitnet_arch.bitlinear import BitLinear
+from bitnet_arch.configs import check_shape
 from bitnet_arch.errors import UserError
 from bitnet_arch.subln import NormInsertion, NormSite, measure_sites, plan_insertions
 
@@ -32,6 +33,9 @@ class ConversionConfig:
             starts at 1 (for random weights).
         softness: with calibrated gains, the norms' effective epsilon as a multiple of the largest mean square seen in
             calibration; 0 inserts a plain norm, large values approach the identity. See `bitnet_arch.subln`.
+
+    With norm "none" neither gain nor softness has an effect, nor has softness with gain "one". Both always have a value here;
+    what a user sets in vain is refused where it can be told from a default, on the command line.
     """
 
     norm: Literal["subln", "none"] = "subln"
@@ -111,7 +115,8 @@ def replace_linears(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_family(config: PreTrainedConfig, norm: Literal["subln", "none"] = "subln") -> None:
-    """Raise `UserError` unless the configuration's family can be converted with this norm placement."""
+    """Raise `UserError` unless the configuration's family and sizes can be converted with this norm placement."""
+    check_shape(config)
     if norm == "none" and config.model_type in PLAIN_FAMILIES:
         return
     if norm == "subln" and config.model_type in PLAIN_FAMILIES and config.model_type not in FAMILIES:

@@ -3,7 +3,7 @@
 import pydoc_data.topics
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -68,22 +68,32 @@ def tiny_bitnet(
     return convert_model(model, ConversionConfig(gain="one"))
 
 
-def tiny_tokenizer(vocab: int = 512) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer (GPT-2's pre-tokenizer) with an end-of-text token (id 0) and a chat template."""
+def tiny_tokenizer(vocab: int = 512, around: str | None = None) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer (GPT-2's pre-tokenizer) with an end-of-text token (id 0) and a chat template.
+
+    Args:
+        vocab: its size.
+        around: what it makes of every text, as a template such as "<|begin|> $A"; with it there is a begin token, too (id 1).
+    """
+    special = ["<|endoftext|>"] if around is None else ["<|endoftext|>", "<|begin|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
-        special_tokens=["<|endoftext|>"],
+        special_tokens=special,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator([TEXT], trainer)
+    if around is not None:
+        ids = [(token, tokenizer.token_to_id(token)) for token in special]
+        tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=ids)
     filler = vocab - tokenizer.get_vocab_size()
     tokenizer.add_tokens([f"<extra_{i}>" for i in range(filler)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
+        bos_token=None if around is None else "<|begin|>",
         eos_token="<|endoftext|>",
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,

@@ -1,6 +1,5 @@
 """Runs lm-eval on one model and collects what it found."""
 
-import json
 import logging
 import platform
 from collections.abc import Sequence
@@ -9,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bitnet_arch import UserError, open_weights
-from bitnet_arch.gguf import TYPES, read_gguf
+from bitnet_arch.checkpoint import read_provenance
+from bitnet_arch.gguf import PROVENANCE_KEY, TYPES, read_gguf
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate as lm_evaluate
@@ -21,6 +21,7 @@ from wrinklefree_eval.statistics import majority_share, rate_summary
 from wrinklefree_eval.tasks import DESCRIPTIONS, PERPLEXITY, SST2_LOCAL, STAND_INS, PerplexityTask, Sst2LocalTask
 
 PACKAGES = ("wrinklefree-eval", "bitnet-arch", "data-handler", "lm-eval", "torch", "transformers")
+PARITY_KEY = "wrinklefree.parity.status"
 FEWSHOT_SEED = 1234
 BOOTSTRAP_ITERATIONS = 1000
 
@@ -70,23 +71,22 @@ def describe_model(path: Path) -> ModelInfo:
     """Say what a path holds: its form, its engine, and what limits the claims made with it.
 
     Raises:
-        UserError: if it is neither a model directory nor a GGUF file, or a file beside it is damaged.
+        UserError: if it is neither a model directory nor a GGUF file, or is damaged.
     """
     if path.is_dir():
         with open_weights(path) as reader:
             form = reader.form
-        return ModelInfo(
-            str(path), "directory", form, "PyTorch (transformers)", provenance=_field(path / "provenance.json", "source")
-        )
+        return ModelInfo(str(path), "directory", form, "PyTorch (transformers)", provenance=read_provenance(path))
     if not path.exists():
         raise UserError(f"{path} does not exist: give a model directory or a .gguf file")
     file = read_gguf(path)
     by_id = {kind.ggml_id: kind.name for kind in TYPES.values()}
     kinds = sorted({by_id[t.ggml_id] for t in file.tensors.values() if t.ggml_id in by_id})
     form = ", ".join(kinds) or "f16"
-    parity = _field(path.with_name(f"{path.name}.parity.json"), "status")
-    provenance = _field(path.parent / "model" / "provenance.json", "source")
-    return ModelInfo(str(path), "gguf", form, "llama.cpp (xllamacpp)", provenance=provenance, parity=parity or "no report")
+    # From the file itself: what lies beside it may belong to another one.
+    provenance = str(file.metadata[PROVENANCE_KEY]) if PROVENANCE_KEY in file.metadata else None
+    parity = str(file.metadata.get(PARITY_KEY, "no report"))
+    return ModelInfo(str(path), "gguf", form, "llama.cpp (xllamacpp)", provenance=provenance, parity=parity)
 
 
 def load_foreign_tasks(names: Sequence[str]) -> dict[str, Task]:
@@ -151,17 +151,6 @@ def _collect(name: str, found: dict[str, Any], available: int) -> TaskResult:
         baseline=baseline,
         details=details,
     )
-
-
-def _field(path: Path, key: str) -> str | None:
-    """Return a text of a small JSON file beside a model, or None if there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text())[key]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged or has no {key!r}, and results must say where a model is from: restore it") from None
-    return str(value)
 
 
 def _version(name: str) -> str:

@@ -112,10 +112,7 @@ def export_unproven(
 
 def default_positions(reader: WeightReader) -> int:
     """Return how many positions a proof of this model takes."""
-    parameters = 0
-    for name in reader.keys():  # noqa: SIM118
-        count = int(np.prod(reader.shape(name)))
-        parameters += count * 4 if reader.form == "packed" and reader.get(name).element_size() == 1 else count
+    parameters = sum(int(np.prod(reader.shape(name))) for name in reader.keys())  # noqa: SIM118
     return SMALL_POSITIONS if parameters < SMALL_MODEL else LARGE_POSITIONS
 
 
@@ -129,7 +126,7 @@ def probe_windows(reader: WeightReader, positions: int) -> list[list[int]]:
     """
     if positions < 1:
         raise UserError(f"--positions must be at least 1, not {positions}")
-    limit = min(MAX_WINDOW, int(reader.config["max_position_embeddings"]) - 2)
+    limit = min(MAX_WINDOW, int(reader.model_config.max_position_embeddings) - 2)
     if limit < 1:
         raise UserError(f"{reader.directory} has a context of only {limit + 2} tokens, too short to probe: export with --unproven")
     count = -(-positions // limit)
@@ -146,7 +143,7 @@ def probe_windows(reader: WeightReader, positions: int) -> list[list[int]]:
             "ask for fewer --positions or export with --unproven"
         )
     ids = ids[:needed]
-    if max(ids) >= reader.config["vocab_size"]:
+    if max(ids) >= reader.model_config.vocab_size:
         raise UserError(
             f"the tokenizer of {reader.directory} makes tokens that the model does not have: save the right one with it"
         )
@@ -168,7 +165,8 @@ def _prove(directory: Path | str, file: Path, windows: list[list[int]], bounds: 
 
     try:
         with LlamaCpp(file, context=2 * MAX_WINDOW, on_position=on_position) as engine:
-            return run_gate(directory, file, EngineInfo(engine.logprobs, NAME, engine.version), windows, bounds, on_stage)
+            info = EngineInfo(engine.logprobs, NAME, engine.version, engine.tokenize)
+            return run_gate(directory, file, info, windows, bounds, on_stage)
     except EngineError as error:
         return ParityReport(status="failed", reason=str(error), engine=NAME, types=tensor_types(file))
 

@@ -117,6 +117,18 @@ class LlamaCpp:
             self._on_position()
         return rows
 
+    def tokenize(self, text: str) -> list[int]:
+        """Return a text's tokens by the file's tokenizer, with what the file puts around texts, as a prompt is read.
+
+        Raises:
+            EngineError: if the engine stops or answers without tokens.
+        """
+        answer = self._ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})
+        try:
+            return [int(token) for token in answer["tokens"]]
+        except (KeyError, TypeError, ValueError):
+            raise EngineError("llama.cpp cannot tokenise text with the file's tokenizer") from None
+
     def _vocabulary(self) -> int:
         models = self._ask("/v1/models")
         try:

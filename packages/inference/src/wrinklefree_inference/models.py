@@ -15,6 +15,8 @@ from bitnet_arch.pretrained import cache_directory
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja")
 GGUF_MAGIC = b"GGUF"
 PROMPT_CACHE_MIB = 256
+EXPORT_REVISION = 2
+"""Raised whenever a file or its proof would come out differently, so that no file of an older exporter is taken from the cache."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ def resolve_model(path: Path | str) -> ModelPath:
 
 
 def directory_digest(directory: Path) -> str:
-    """Return the SHA-256 (hex) of a model directory's files and of the exporter's version."""
-    digest = hashlib.sha256(f"{version('bitnet-arch')} {version('wrinklefree-inference')}\n".encode())
+    """Return the SHA-256 (hex) of a model directory's files and of the exporter's revision."""
+    digest = hashlib.sha256(f"{EXPORT_REVISION} {version('bitnet-arch')} {version('wrinklefree-inference')}\n".encode())
     files = sorted({file for pattern in MODEL_FILES for file in directory.glob(pattern) if file.is_file()})
     for file in files:
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())

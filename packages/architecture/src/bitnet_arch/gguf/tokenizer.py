@@ -2,8 +2,11 @@
 
 import json
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerFast
 
 from bitnet_arch.checkpoint import load_tokenizer
 from bitnet_arch.errors import UserError
@@ -13,7 +16,11 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 @dataclass(frozen=True)
 class TokenizerMetadata:
-    """What a GGUF file says about its tokenizer; `pre` names llama.cpp's pre-tokenizer, whose absence degrades text silently."""
+    """What a GGUF file says about its tokenizer.
+
+    `pre` names llama.cpp's pre-tokenizer, whose absence degrades text silently; `add_bos` and `add_eos` say whether the engine
+    puts those tokens around every text by itself.
+    """
 
     pre: str
     tokens: list[str]
@@ -22,6 +29,8 @@ class TokenizerMetadata:
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
+    add_bos: bool
+    add_eos: bool
     chat_template: str | None
 
 
@@ -29,7 +38,8 @@ def read_tokenizer(directory: Path, vocab_size: int) -> TokenizerMetadata:
     """Read a model directory's tokenizer.
 
     Raises:
-        UserError: if it is no byte-level BPE, its pre-tokenizer has no name in llama.cpp, or it has more tokens than the model.
+        UserError: if it is no byte-level BPE, its pre-tokenizer has no name in llama.cpp, it has more tokens than the model, or it
+            adds tokens to a text that llama.cpp cannot add.
     """
     tokenizer = load_tokenizer(directory)
     raw: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -53,7 +63,24 @@ def read_tokenizer(directory: Path, vocab_size: int) -> TokenizerMetadata:
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,
+        *_added_around(tokenizer, directory),
         template if isinstance(template, str) else None,
+    )
+
+
+def _added_around(tokenizer: PreTrainedTokenizerFast, directory: Path) -> tuple[bool, bool]:
+    """Return whether the tokenizer puts its begin token before every text, and its end token behind it."""
+    bare = {text: tokenizer(text, add_special_tokens=False).input_ids for text in ("", "a")}
+    whole = {text: tokenizer(text).input_ids for text in bare}
+    for begin, end in product((False, True), repeat=2):
+        before, behind = [tokenizer.bos_token_id] * begin, [tokenizer.eos_token_id] * end
+        if all(whole[text] == [*before, *ids, *behind] for text, ids in bare.items()):
+            return begin, end
+    made = " ".join(str(token) for token in tokenizer.convert_ids_to_tokens(whole["a"]))
+    raise UserError(
+        f"{directory}/tokenizer.json makes {made!r} of the text 'a', and llama.cpp can add no more than the tokenizer's "
+        "bos_token before a text and its eos_token behind it: name these tokens in tokenizer_config.json or change the "
+        "post_processor"
     )
 
 

@@ -6,6 +6,7 @@ from bitnet_arch.parity.gate import Engine, EngineInfo, run_gate, tensor_types
 from bitnet_arch.parity.layerwise import LayerDifference, compare_linear
 from bitnet_arch.parity.measure import Comparison, compare, summarize
 from bitnet_arch.parity.report import Check, ParityBounds, ParityError, ParityReport
+from bitnet_arch.parity.tokens import Tokenize, differing_lines, tokenizer_check
 
 __all__ = [
     "FORWARDS",
@@ -18,10 +19,13 @@ __all__ = [
     "ParityBounds",
     "ParityError",
     "ParityReport",
+    "Tokenize",
     "compare",
     "compare_linear",
+    "differing_lines",
     "emulated_model",
     "run_gate",
     "summarize",
     "tensor_types",
+    "tokenizer_check",
 ]

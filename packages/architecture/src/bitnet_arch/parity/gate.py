@@ -1,8 +1,8 @@
 """The parity gate: is a GGUF file, as an engine runs it, what was trained?
 
-Points, in the order in which they run: the file's bytes and metadata against its source; packed layers against fake-quantised
-ones on identical inputs; the packed model end to end; the engine against a torch emulation of its own activation handling; the
-engine against training's own forward.
+Points, in the order in which they run: the file's bytes and metadata against its source; the engine's tokens against the
+directory's tokenizer; packed layers against fake-quantised ones on identical inputs; the packed model end to end; the engine
+against a torch emulation of its own activation handling; the engine against training's own forward.
 
 Fixed bounds on distributions fail right models: an int8 code at a rounding edge turns a difference in the last place into
 one in the last code, and deep or outlier-ridden models amplify that. So the same run measures how far rounding alone moves this
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bitnet_arch.checkpoint import WeightReader, open_weights
+from bitnet_arch.checkpoint import WeightReader, load_tokenizer, open_weights
 from bitnet_arch.errors import UserError
 from bitnet_arch.gguf.plan import check_architecture
 from bitnet_arch.gguf.reader import read_gguf
@@ -31,6 +31,7 @@ from bitnet_arch.parity.layerwise import LayerDifference
 from bitnet_arch.parity.measure import Comparison, compare, summarize
 from bitnet_arch.parity.report import Check, ParityBounds, ParityReport, at_least, at_most
 from bitnet_arch.parity.stream import LayerStream
+from bitnet_arch.parity.tokens import Tokenize, tokenizer_check
 
 Engine = Callable[[list[int]], NDArray[np.float64]]
 """Maps token ids to log-probabilities of the next token, float64 `[len(ids), vocabulary]`: row i has seen ids 0..i."""
@@ -61,17 +62,26 @@ NEGLIGIBLE_KL = 1e-12
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """An engine and what it is called in reports."""
+    """An engine and what it is called in reports.
+
+    Attributes:
+        run: computes distributions.
+        name: the engine's name.
+        version: its version.
+        tokenize: how it cuts text, as the file tells it to; without, that is not compared.
+    """
 
     run: Engine
     name: str
     version: str
+    tokenize: Tokenize | None = None
 
 
 @dataclass
 class _Measured:
     differences: list[str]
     layers: LayerDifference
+    tokenizer: Check | None
     comparisons: dict[str, Comparison] = field(default_factory=dict)
 
 
@@ -106,10 +116,11 @@ def run_gate(
         report_progress("bytes", 0, 1)
         differences = file_differences(reader, gguf_path)
         report_progress("bytes", 1, 1)
+        tokenizer = _tokenizer_check(engine, reader)
         ids = torch.tensor(windows)
         stream = LayerStream(reader, gguf_path, ids[:, :-1], forwards or FORWARDS)
         layers = stream.run(bounds.code_edge, lambda done, of: report_progress("layers", done, of))
-        measured = _Measured(differences, layers)
+        measured = _Measured(differences, layers, tokenizer)
         parts: dict[str, list[NDArray[np.float64]]] = {name: [] for name in PAIRS}
         for index, window in enumerate(windows):
             report_progress("engine", index, len(windows))
@@ -125,9 +136,16 @@ def run_gate(
     return _report(gguf_path, engine, measured, bounds)
 
 
+def _tokenizer_check(engine: EngineInfo, reader: WeightReader) -> Check | None:
+    if engine.tokenize is None:
+        return None
+    tokenizer = load_tokenizer(reader.directory)
+    return tokenizer_check(lambda text: list(tokenizer(text).input_ids), engine.tokenize)
+
+
 def _engine_rows(engine: EngineInfo, ids: list[int], reader: WeightReader) -> NDArray[np.float64]:
     rows = engine.run(ids)
-    expected = (len(ids), reader.config["vocab_size"])
+    expected = (len(ids), reader.model_config.vocab_size)
     if rows.shape != expected:
         raise ValueError(f"{engine.name} returned distributions of shape {rows.shape}, not {expected}")
     return rows
@@ -145,6 +163,7 @@ def _report(gguf_path: Path | str, engine: EngineInfo, measured: _Measured, boun
     positions = measured.comparisons["engine against training"].positions
     checks = [
         *_byte_and_layer_checks(measured, bounds),
+        *([measured.tokenizer] if measured.tokenizer else []),
         *_end_to_end_checks(measured.comparisons, bounds),
         *_engine_checks(measured.comparisons, bounds, ternary),
         *_training_checks(measured.comparisons, bounds),
@@ -187,6 +206,8 @@ def _describe(check: Check, measured: _Measured) -> str:
         return f"the file differs from its source in {', '.join(measured.differences[:3])}" + (
             f" and {len(measured.differences) - 3} more" if len(measured.differences) > 3 else ""
         )
+    if check.name == "tokenizer":
+        return f"the engine cuts text into other tokens than the model's tokenizer, {check.note}"
     side = "above" if check.op == "<=" else "below"
     value = "not a number" if check.value is None else f"{check.value:.3g}, {side} its bound {check.bound:.3g}"
     return f"{check.name} is {value}"
@@ -204,9 +225,10 @@ def _end_to_end_checks(found: dict[str, Comparison], bounds: ParityBounds) -> li
     packed, off = found["packed against training"], found["activation quantisation off"].mean_kl
     floor = max(found[name].mean_kl for name in FLOORS)
     margin = max(found[name].flip_margin for name in FLOORS)
+    ratio = at_most("packed.activation_ratio", packed.mean_kl / max(off, NEGLIGIBLE_KL), bounds.end_to_end_off)
     return [
         at_most("packed.mean_kl", packed.mean_kl, bounds.floor_factor * max(floor, bounds.single_flip * off), f"floor {floor:.3g}"),
-        at_most("packed.activation_ratio", packed.mean_kl / max(off, NEGLIGIBLE_KL), bounds.end_to_end_off),
+        _judged(ratio, off, floor, bounds, "whether packed layers quantise activations"),
         at_most("packed.greedy_margin", packed.flip_margin, max(bounds.greedy_margin, bounds.floor_factor * margin)),
     ]
 
@@ -232,12 +254,17 @@ def _engine_checks(found: dict[str, Comparison], bounds: ParityBounds, ternary: 
         off = found["engine against emulation without activation quantisation"].mean_kl
         # Measured twice, so that neither an emulation nor an engine that quantises nothing can call the effect too small to see.
         effect = max(off, found["emulation without activation quantisation"].mean_kl)
-        check = at_most("engine.activation_ratio", engine.mean_kl / max(off, NEGLIGIBLE_KL), bounds.activation_ratio)
-        if effect * bounds.activation_ratio < bounds.decidable * floor.mean_kl:
-            why = "rounding moves this model too far for its logits to tell whether the engine quantises activations"
-            check = Check(check.name, check.value, check.op, check.bound, None, why)
-        checks.append(check)
+        ratio = at_most("engine.activation_ratio", engine.mean_kl / max(off, NEGLIGIBLE_KL), bounds.activation_ratio)
+        checks.append(_judged(ratio, effect, floor.mean_kl, bounds, "whether the engine quantises activations"))
     return checks
+
+
+def _judged(ratio: Check, effect: float, floor: float, bounds: ParityBounds, question: str) -> Check:
+    """Return a check of a distance as a fraction of `effect`, undecided where rounding (`floor`) alone may reach its bound."""
+    if effect * ratio.bound < bounds.decidable * floor:
+        why = f"rounding moves this model too far for its logits to tell {question}"
+        return Check(ratio.name, ratio.value, ratio.op, ratio.bound, None, why)
+    return ratio
 
 
 def _training_checks(found: dict[str, Comparison], bounds: ParityBounds) -> list[Check]:

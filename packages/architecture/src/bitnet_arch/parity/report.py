@@ -26,8 +26,8 @@ class ParityBounds:
         perplexity: largest |ratio - 1| of perplexities against training.
         activation_ratio: the engine's distance from its emulation as a fraction of its distance from one without activation
             quantisation.
-        decidable: that fraction is judged only where it leaves this multiple of the floor, which is what a right engine may
-            differ by (`floor_factor`); else it is reported as undecided.
+        decidable: that fraction and `end_to_end_off` are judged only where they leave this multiple of the floor, which is what a
+            right engine or packed model may differ by (`floor_factor`); else they are reported as undecided.
         resolution: bounds may widen up to this fraction of what Q4_0 in place of ternary costs; beyond, nothing is proven.
         min_positions: positions that a proof needs.
     """

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from bitnet_arch.checkpoint import WeightReader, load_config
+from bitnet_arch.checkpoint import WeightReader, skeleton
 from bitnet_arch.convert import is_quantized_linear
 from bitnet_arch.gguf.plan import plan_tensors
 from bitnet_arch.gguf.reader import read_gguf
@@ -36,12 +35,9 @@ class LayerStream:
     def __init__(self, reader: WeightReader, gguf_path: Path | str, windows: Tensor, forwards: dict[str, Forward]) -> None:
         self.reader, self.windows, self.forwards = reader, windows, forwards
         self.types = matrix_types(reader, gguf_path)
-        config = load_config(reader.directory)
-        config.dtype = torch.float32
-        with torch.device("meta"):
-            self._skeleton: Any = AutoModelForCausalLM.from_config(config)
+        self._skeleton: Any = skeleton(reader)
         self._skeleton.eval()
-        self._rotary = type(self._skeleton.model.rotary_emb)(config=config)
+        self._rotary = self._skeleton.model.rotary_emb
         embedding = reader.get("model.embed_tokens.weight").float()
         # By whether they are rounded to f16.
         self._embedding = {False: embedding, True: embedding.half().float()}
@@ -63,7 +59,7 @@ class LayerStream:
             progress: called with (layers done, layers in all).
         """
         found = LayerDifference()
-        layers = self.reader.config["num_hidden_layers"]
+        layers = self._skeleton.config.num_hidden_layers
         for index in range(layers):
             weights = self._matrices(index)
             for name in self.forwards:
