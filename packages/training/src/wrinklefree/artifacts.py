@@ -43,7 +43,8 @@ def export(model_directory: Path, out: Path) -> dict[str, Any]:
         status = json.loads(sidecar.read_text())["status"]
         return {"status": status, "note": f"see {sidecar.name}"}
     lines = done.stderr.strip().splitlines() or [f"export ended with code {done.returncode}"]
-    return {"status": "refused" if done.returncode == 2 else "failed", "note": lines[-1].removeprefix("error: ")}
+    note = lines[-1].removeprefix("error: ").removeprefix(f"{out.name} was not written: ")
+    return {"status": "refused" if done.returncode == 2 else "failed", "note": note}
 
 
 def plot_losses(out: Path, arms: dict[str, Path]) -> None:
