@@ -15,6 +15,9 @@ from bitnet_arch.checkpoint import (
 from bitnet_arch.configs import load_config
 from bitnet_arch.convert import ConversionConfig, check_family, convert_model
 from bitnet_arch.errors import UserError
+from bitnet_arch.families import FAMILIES, Family
+from bitnet_arch.modeling import TernaryForm, register_family
+from bitnet_arch.norm import SubLN
 from bitnet_arch.packed import PackedBitLinear, pack_model
 from bitnet_arch.pretrained import Pretrained, load_float_model, resolve_pretrained
 from bitnet_arch.quant import (
@@ -27,10 +30,14 @@ from bitnet_arch.quant import (
 )
 
 __all__ = [
+    "FAMILIES",
     "BitLinear",
     "ConversionConfig",
+    "Family",
     "PackedBitLinear",
     "Pretrained",
+    "SubLN",
+    "TernaryForm",
     "UserError",
     "WeightReader",
     "absmean_scale",
@@ -49,6 +56,7 @@ __all__ = [
     "pack_model",
     "quantize_activation",
     "quantize_weight",
+    "register_family",
     "resolve_pretrained",
     "save_master",
     "save_packed",

@@ -71,11 +71,11 @@ def _convert(arguments: argparse.Namespace) -> None:
     with open_weights(source.path) as reader:
         if reader.form != "float":
             raise UserError(f"{source.path} is ternary already ({reader.form}): there is nothing to convert")
-    check_family(load_config(source.path), config.norm)
+    check_family(load_config(source.path), config)
     model = load_float_model(source)
     tokenizer = load_tokenizer(source.path)
     rows = None
-    if config.norm == "subln" and config.gain == "calibrated":
+    if config.calibrates:
         rows = calibration_rows(tokenizer, _calibration_text(arguments.calibration))
     converted = convert_model(model, config, rows)
     save = save_packed if arguments.packed else save_master
@@ -120,7 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("source", help="a model directory or a hub id")
     convert.add_argument("--out", type=Path, required=True, help="the directory to write")
-    convert.add_argument("--norm", choices=["subln", "none"], default="subln", help="where norms are inserted (subln)")
+    convert.add_argument(
+        "--norm", choices=["subln", "none", "allnorm", "bitlinear"], default="subln", help="where norms go (subln)"
+    )
     convert.add_argument("--gain", choices=["calibrated", "one"], help="initial norm gain (calibrated)")
     convert.add_argument("--softness", type=float, help="0 inserts plain norms; larger is nearer to none (0.1)")
     convert.add_argument("--calibration", type=Path, help="a text file (default: Python's own documentation)")

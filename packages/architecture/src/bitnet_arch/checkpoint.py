@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -28,13 +29,16 @@ from transformers import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 
-from bitnet_arch.bitlinear import LAMBDA_KEY, BitLinear, get_lambda
+from bitnet_arch.bitlinear import LAMBDA_KEY, BitLinear, get_lambda, set_lambda
 from bitnet_arch.configs import load_config, read_config, read_json_object, short_reason
-from bitnet_arch.convert import PLAIN_FAMILIES, is_quantized_linear, replace_linears
+from bitnet_arch.convert import replace_linears
 from bitnet_arch.errors import UserError
+from bitnet_arch.families import PREFIX, family_of, quantized_names
+from bitnet_arch.modeling import form_of
+from bitnet_arch.norm import SubLN
 from bitnet_arch.packed import PackedBitLinear
 from bitnet_arch.packing import pack_codes, unpack_codes
-from bitnet_arch.quant import quantize_weight
+from bitnet_arch.quant import Granularity, quantize_weight
 
 LinearClass = Literal["bitlinear", "autobitlinear"]
 WEIGHTS_FILE = "model.safetensors"
@@ -49,13 +53,15 @@ PROVENANCE_FILE = "provenance.json"
 
 
 def stored_scale(scale: Tensor, linear_class: LinearClass) -> Tensor:
-    """Return what `weight_scale` must hold for a layer whose codes are multiplied by `scale` (float32 `[1]`)."""
-    return (scale.reciprocal() if linear_class == "bitlinear" else scale).reshape(1).float()
+    """Return what `weight_scale` must hold for a layer whose codes are multiplied by `scale` (float32, `[1]` or a matrix)."""
+    value = (scale.reciprocal() if linear_class == "bitlinear" else scale).float()
+    return value if value.ndim == 2 else value.reshape(1)
 
 
 def dequantizing_scale(weight_scale: Tensor, linear_class: LinearClass) -> Tensor:
-    """Return the float32 0-dim multiplier that a stored `weight_scale` stands for."""
-    value = weight_scale.float().reshape(())
+    """Return the float32 multiplier that a stored `weight_scale` stands for: 0-dim, or a matrix in our own form."""
+    value = weight_scale.float()
+    value = value if value.ndim == 2 else value.reshape(())
     return value.reciprocal() if linear_class == "bitlinear" else value
 
 
@@ -90,6 +96,12 @@ class WeightReader:
             )
         mode = quantization.get("quantization_mode", "offline")
         self.form = "float" if not quantization else "master" if mode == "online" else "packed"
+        self.granularity: Granularity = "tensor"
+        if self.config["model_type"].startswith(PREFIX):
+            own = form_of(self.model_config)
+            assert own is not None
+            self.form = "packed" if own.packed else "master"
+            self.linear_class, self.granularity = "autobitlinear", own.granularity  # ours multiplies
         self._handles: dict[str, Any] = {}
         self._file_of = self._locate()
 
@@ -138,13 +150,13 @@ class WeightReader:
             name: a weight's name, such as `model.layers.0.self_attn.q_proj.weight`.
 
         Returns:
-            int8 codes `[out, in]` and the 0-dim float32 scale that multiplies them.
+            int8 codes `[out, in]` and the float32 scale that multiplies them, in a shape of `bitnet_arch.quant.absmean_scale`.
         """
         weight = self.get(name)
         if weight.dtype == torch.uint8:
             scale = self.get(name.removesuffix("weight") + "weight_scale")
             return unpack_codes(weight), dequantizing_scale(scale, self.linear_class)
-        return quantize_weight(weight)
+        return quantize_weight(weight, self.granularity)
 
     def _locate(self) -> dict[str, str]:
         index = self.directory / INDEX_FILE
@@ -186,7 +198,8 @@ def load_model(directory: Path | str, dtype: torch.dtype = torch.float32, quanti
     Args:
         directory: master, packed or float model directory.
         dtype: of float parameters.
-        quantized: False gives plain `nn.Linear` layers with the float weights (master and float directories).
+        quantized: False gives the float weights (master and float directories): plain `nn.Linear` layers, or in our own form, whose
+            layers have norms, λ = 0.
 
     Returns:
         The model with `BitLinear` layers (master), `PackedBitLinear` layers (packed) or plain ones (float).
@@ -198,9 +211,12 @@ def load_model(directory: Path | str, dtype: torch.dtype = torch.float32, quanti
         model = skeleton(reader, dtype)
         if reader.form == "packed" and not quantized:
             raise UserError(f"{directory} is packed and has no float weights: load the master form instead")
-        if reader.form == "master" and quantized:
+        own = form_of(model.config) is not None
+        if reader.form == "master" and quantized and not own:
             replace_linears(model)
         _fill(model, reader, dtype)
+        if own and not quantized:
+            set_lambda(model, 0.0)
     generation = _read_generation_config(Path(directory))
     if generation is not None:
         model.generation_config = generation
@@ -221,17 +237,13 @@ def skeleton(reader: WeightReader, dtype: torch.dtype = torch.float32) -> PreTra
     layers, tensors = getattr(config, "num_hidden_layers", 0), len(reader.keys())
     if layers > tensors:  # before an absurd number is built
         raise UserError(f"{where} asks for {layers} layers, but the directory has {tensors} tensors: mend num_hidden_layers")
+    family_of(config)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        rotary: Any = dict(model.named_modules()).get("model.rotary_emb")
-        if rotary is not None:
-            model.set_submodule("model.rotary_emb", type(rotary)(config=config))
+        _compute_buffers(model)
     except Exception as error:  # every class of transformers has exceptions of its own for what it cannot build
         raise UserError(f"no model can be built from {where} ({short_reason(error)}): mend it or use another model") from None
-    if rotary is None:
-        known = ", ".join(sorted({"bitnet", *PLAIN_FAMILIES}))
-        raise UserError(f"{where} describes a {config.model_type!r}, which cannot be loaded: use a model of the families {known}")
     for name, parameter in model.named_parameters():
         if reader.form == "packed" and name not in reader and name.endswith(".bias"):
             continue
@@ -243,22 +255,40 @@ def skeleton(reader: WeightReader, dtype: torch.dtype = torch.float32) -> PreTra
     return model
 
 
+@torch.no_grad()
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Give values to what a model computes and does not store, such as rotary frequencies and scales of embeddings."""
+    for module in model.modules():
+        missing = [name for name in module._non_persistent_buffers_set if (b := module._buffers[name]) is not None and b.is_meta]
+        if missing:
+            for name in missing:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")  # type: ignore[arg-type]
+            model._init_weights(module)
+
+
 def _fill(model: PreTrainedModel, reader: WeightReader, dtype: torch.dtype) -> None:
     """Replace the meta tensors of `model` by the directory's, strictly."""
+    stock_packed = reader.form == "packed" and form_of(model.config) is None
+    packed = set(quantized_names(model)) if stock_packed else set()
     state: dict[str, Tensor] = {}
-    for name, _ in list(model.named_parameters()):
-        module_name = name.removesuffix(".weight")
-        if reader.form == "packed" and is_quantized_linear(module_name) and name.endswith(".weight"):
-            bias = f"{module_name}.bias"
-            layer = PackedBitLinear(*reader.ternary(name), reader.get(bias).to(dtype) if bias in reader else None)
-            model.set_submodule(module_name, layer)
-            continue
-        if reader.form == "packed" and is_quantized_linear(name.removesuffix(".bias")):
-            continue
+    for name in packed:
+        bias = f"{name}.bias"
+        layer = PackedBitLinear(*reader.ternary(f"{name}.weight"), reader.get(bias).to(dtype) if bias in reader else None)
+        model.set_submodule(name, layer)
+    for name, _ in model.named_parameters():
         state[name] = reader.get(name).to(dtype)
     for name, module in model.named_modules():
         if isinstance(module, BitLinear):
             state[f"{name}.{LAMBDA_KEY}"] = torch.ones(())
+        if isinstance(module, SubLN):
+            state[f"{name}.eps"] = reader.get(f"{name}.eps").float()
+        if isinstance(module, PackedBitLinear) and name not in packed:
+            state |= {
+                f"{name}.weight": reader.get(f"{name}.weight"),
+                f"{name}.weight_scale": reader.get(f"{name}.weight_scale").float(),
+            }
+            if module.bias is not None:
+                state[f"{name}.bias"] = reader.get(f"{name}.bias").to(dtype)
     missing = model.load_state_dict(state, strict=False, assign=True)
     assert not missing.unexpected_keys
     model.tie_weights()
@@ -344,7 +374,7 @@ def save_master(
         UserError: if λ is not 1, which no stock format can express, or the disk is full.
     """
     state = {name: t for name, t in _own_tensors(model) if not name.endswith(f".{LAMBDA_KEY}")}
-    quantized = any(isinstance(m, BitLinear) for m in model.modules())
+    quantized = any(isinstance(m, BitLinear) for m in model.modules()) and form_of(model.config) is None
     block = quantization_block("autobitlinear", "online") if quantized else None
     _write(model, directory, tokenizer, state, block, provenance)
 
@@ -363,7 +393,7 @@ def save_packed(
         directory: where to write.
         tokenizer: written beside the model if given.
         linear_class: the scale convention: "bitlinear" stores 1/β (what stock `BitLinear` divides by), "autobitlinear"
-            stores β (what stock `AutoBitLinear` multiplies by).
+            stores β (what stock `AutoBitLinear` multiplies by). A model in our own form always stores β.
         provenance: one line on where the weights come from, kept in `provenance.json`.
 
     Raises:
@@ -372,10 +402,10 @@ def save_packed(
     if linear_class not in get_args(LinearClass):
         raise UserError(f"unknown scale convention {linear_class!r}: choose {' or '.join(get_args(LinearClass))}")
     state = dict(_own_tensors(model))
-    found = False
+    found, own = False, form_of(model.config) is not None
     for name, module in model.named_modules():
         if isinstance(module, BitLinear):
-            codes, scale = quantize_weight(module.weight.detach())
+            codes, scale = quantize_weight(module.weight.detach(), module.granularity)
             del state[f"{name}.{LAMBDA_KEY}"]
             try:
                 state[f"{name}.weight"] = pack_codes(codes)
@@ -386,10 +416,11 @@ def save_packed(
         else:
             continue
         found = True
-        state[f"{name}.weight_scale"] = stored_scale(scale, linear_class)
+        state[f"{name}.weight_scale"] = stored_scale(scale, "autobitlinear" if own else linear_class)
     if not found:
         raise UserError("the model has no ternary layers to pack: convert it first")
-    _write(model, directory, tokenizer, state, quantization_block(linear_class, "offline"), provenance)
+    block = None if own else quantization_block(linear_class, "offline")
+    _write(model, directory, tokenizer, state, block, provenance, packed=True)
 
 
 def quantization_block(linear_class: LinearClass, mode: Literal["online", "offline"]) -> dict[str, Any]:
@@ -418,6 +449,7 @@ def _write(
     state: dict[str, Tensor],
     quantization: dict[str, Any] | None,
     provenance: str | None,
+    packed: bool = False,
 ) -> None:
     strength = get_lambda(model)
     if strength != 1.0:
@@ -430,6 +462,8 @@ def _write(
     config["architectures"] = [type(model).__name__]
     if quantization:
         config["quantization_config"] = quantization
+    if (own := form_of(model.config)) is not None:
+        config["ternary"] = asdict(replace(own, packed=packed))
 
     def fill(target: Path) -> None:
         (target / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")

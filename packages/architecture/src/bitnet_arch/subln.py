@@ -45,6 +45,14 @@ class NormSite:
 
 
 @dataclass(frozen=True)
+class InputStatistics:
+    """What calibration measured of a layer's input, over tokens: median and maximum of its mean square."""
+
+    median: float
+    maximum: float
+
+
+@dataclass(frozen=True)
 class NormStatistics:
     """What calibration measured at one site, over tokens.
 
@@ -81,20 +89,19 @@ class _MeanSquareRecorder:
 
 
 @torch.no_grad()
-def measure_sites(model: nn.Module, sites: Iterable[NormSite], calibration: Iterable[Tensor]) -> dict[str, NormStatistics]:
-    """Measure every site on the unmodified model.
+def measure_inputs(model: nn.Module, layers: Iterable[str], calibration: Iterable[Tensor]) -> dict[str, InputStatistics]:
+    """Measure what goes into layers of the unmodified model.
 
     Args:
         model: the float model before conversion, in evaluation mode.
-        sites: where norms will be inserted.
+        layers: dotted names.
         calibration: token ids, each int64 `[batch, time]`; a few thousand tokens suffice.
 
     Returns:
-        Norm name to statistics.
+        Layer name to statistics.
     """
-    sites = list(sites)
-    recorders = {site.norm: _MeanSquareRecorder() for site in sites}
-    handles = [model.get_submodule(s.consumer).register_forward_pre_hook(recorders[s.norm]) for s in sites]
+    recorders = {name: _MeanSquareRecorder() for name in layers}
+    handles = [model.get_submodule(name).register_forward_pre_hook(recorder) for name, recorder in recorders.items()]
     try:
         for ids in calibration:
             model(input_ids=ids, use_cache=False)
@@ -102,11 +109,37 @@ def measure_sites(model: nn.Module, sites: Iterable[NormSite], calibration: Iter
         for handle in handles:
             handle.remove()
     found = {}
-    for site in sites:
-        mean_square = torch.cat(recorders[site.norm].values)
-        producer_weight = float(model.get_parameter(f"{site.producer}.weight").float().abs().mean())
-        found[site.norm] = NormStatistics(float(mean_square.median()), float(mean_square.max()), producer_weight)
+    for name, recorder in recorders.items():
+        mean_square = torch.cat(recorder.values)
+        found[name] = InputStatistics(float(mean_square.median()), float(mean_square.max()))
     return found
+
+
+def measure_sites(model: nn.Module, sites: Iterable[NormSite], calibration: Iterable[Tensor]) -> dict[str, NormStatistics]:
+    """Measure every site on the unmodified model (arguments as in `measure_inputs`); return norm name to statistics."""
+    sites = list(sites)
+    inputs = measure_inputs(model, [site.consumer for site in sites], calibration)
+    found = {}
+    for site in sites:
+        producer_weight = float(model.get_parameter(f"{site.producer}.weight").detach().float().abs().mean())
+        statistics = inputs[site.consumer]
+        found[site.norm] = NormStatistics(statistics.median, statistics.maximum, producer_weight)
+    return found
+
+
+def soften(statistics: InputStatistics, norm_eps: float, softness: float) -> tuple[float, float]:
+    """Decide gain and epsilon of a norm that has an epsilon of its own.
+
+    Args:
+        statistics: of the layer's input.
+        norm_eps: smallest epsilon.
+        softness: epsilon as a multiple of the largest mean square seen; 0 gives a plain norm.
+
+    Returns:
+        `(gain, eps)`: the median token passes unchanged.
+    """
+    eps = max(softness * statistics.maximum, norm_eps)
+    return math.sqrt(statistics.median + eps), eps
 
 
 def plan_insertions(
