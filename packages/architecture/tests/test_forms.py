@@ -1,8 +1,10 @@
 """Every family in every form: norm placements, scales, rotation; converted, saved, loaded here and by AutoModelForCausalLM."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,3 +254,16 @@ def test_subln_is_the_textbook_rmsnorm():
     expected = torch.nn.functional.rms_norm(x, (48,), norm.weight, 0.3)
     assert torch.allclose(norm(x), expected, atol=1e-6)
     assert norm(x.bfloat16()).dtype == torch.bfloat16 or norm.weight.dtype == torch.float32
+
+
+def test_the_page_on_adding_a_family_does_what_it_says(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[3] / "docs" / "families.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(code.splitlines()) < 60
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, object] = {}
+    exec(code, found)
+    assert form_of(found["loaded"].config) == TernaryForm(norm="subln", packed=True)
+    with torch.no_grad():
+        one, two = (found[name].eval()(input_ids=found["ids"]).logits for name in ("ternary", "loaded"))
+    assert (one - two).abs().max() < 2e-2 * one.abs().max()
