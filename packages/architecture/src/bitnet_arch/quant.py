@@ -126,13 +126,19 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
+
+class _ForwardStraightThrough(_StraightThrough):
+    """The same with a forward-mode derivative, which torch.compile cannot trace."""
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         return tangent.view_as(tangent)
 
 
 def _straight_through(x: Tensor, quantized: Tensor) -> Tensor:
-    return _StraightThrough.apply(x, quantized) if x.requires_grad else quantized  # type: ignore[no-untyped-call,no-any-return]
+    # Also where nothing requires a gradient: under `torch.func.jvp` tangents flow all the same.
+    function = _StraightThrough if torch.compiler.is_compiling() else _ForwardStraightThrough
+    return function.apply(x, quantized)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _ternary(weight: Tensor, scale: Tensor) -> Tensor:
