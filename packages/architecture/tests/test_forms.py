@@ -123,6 +123,13 @@ def test_a_form_survives_saving_and_loading(family, form, tmp_path):
         assert torch.equal(module.weight_scale.flatten(), scale.flatten()), name
 
 
+def test_a_saved_lambda_is_computed_with_again(tmp_path):
+    model = convert_model(make("qwen3"), ConversionConfig(gain="one"))
+    set_lambda(model, 0.5)
+    model.save_pretrained(tmp_path / "m")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)), logits(model))
+
+
 @pytest.mark.parametrize("form", ["subln", "bitlinear", "allnorm"])
 def test_norms_act_and_calibration_keeps_the_model_nearer_than_gain_one(form):
     plain = logits(make("qwen3"))

@@ -16,6 +16,7 @@ from bitnet_arch.configs import load_config
 from bitnet_arch.convert import ConversionConfig, check_family, convert_model
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import FAMILIES, Family
+from bitnet_arch.hub import write_model_card
 from bitnet_arch.modeling import TernaryForm, register_family
 from bitnet_arch.norm import SubLN
 from bitnet_arch.packed import PackedBitLinear, pack_model
@@ -28,6 +29,7 @@ from bitnet_arch.quant import (
     quantize_weight,
     ternary_codes,
 )
+from bitnet_arch.stream import convert_directory
 
 __all__ = [
     "FAMILIES",
@@ -43,6 +45,7 @@ __all__ = [
     "absmean_scale",
     "bitlinear_layers",
     "check_family",
+    "convert_directory",
     "convert_model",
     "fake_quant_activation",
     "fake_quant_weight",
@@ -62,4 +65,5 @@ __all__ = [
     "save_packed",
     "set_lambda",
     "ternary_codes",
+    "write_model_card",
 ]

@@ -1,27 +1,40 @@
 """Turn a Hugging Face decoder into a 1.58-bit one.
 
+A conversion is first planned (`plan_conversion`: the configuration of the result and what happens to which tensor) and then carried
+out: on a model in memory by `convert_model`, from directory to directory by `bitnet_arch.stream`.
+
 What a family looks like is said in `bitnet_arch.families`, never by a model's name. The result is a stock model wherever stock
 `transformers` can express it: a Llama without biases with SubLN becomes `model_type: bitnet`, which is exactly that, and a model
 without added norms stays what it is. Everything else becomes a model in our own form, see `bitnet_arch.modeling`.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitNetConfig, LlamaConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from bitnet_arch.bitlinear import BitLinear
-from bitnet_arch.configs import check_shape
+from bitnet_arch.configs import check_shape, quantization_block
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import family_of, quantized_names
 from bitnet_arch.hadamard import block_size, rotate
-from bitnet_arch.modeling import Placement, TernaryForm, normed_layers, ternary_config
-from bitnet_arch.quant import Granularity
-from bitnet_arch.subln import InputStatistics, NormInsertion, NormSite, measure_inputs, measure_sites, plan_insertions, soften
+from bitnet_arch.modeling import Placement, TernaryForm, form_of, normed_layers, ternary_config
+from bitnet_arch.quant import Granularity, absmean_scale, expand_scale
+from bitnet_arch.shards import check_finite
+from bitnet_arch.subln import (
+    InputStatistics,
+    NormInsertion,
+    NormSite,
+    NormStatistics,
+    measure_inputs,
+    plan_insertions,
+    soften,
+)
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
@@ -100,14 +113,18 @@ def convert_model(
     check_family(model.config, config)
     if config.calibrates and calibration is None:
         raise UserError("calibrated gains need calibration token ids: pass calibration=... or gain='one'")
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter.detach())
     if config.form() == TernaryForm():
+        for name in quantized_names(model):
+            weight = model.get_parameter(f"{name}.weight")
+            weight.data = keep_ternary(weight.detach(), "tensor")
         return replace_linears(model)
     rows = list(calibration or ()) if config.calibrates else []
     was_training = model.training
-    build = _to_bitnet if _is_stock_bitnet(model.config, config) else _to_form
     model.eval()
-    converted = build(model, config, rows)
-    converted.generation_config = model.generation_config
+    plan = plan_conversion(model.config, config, _State(model.state_dict()), partial(measure_inputs, model, calibration=rows))
+    converted = carry_out(plan, model)
     converted.train(was_training)
     return converted
 
@@ -130,34 +147,133 @@ def _attention_width(config: PreTrainedConfig) -> int:
     return int(heads * (getattr(config, "head_dim", None) or config.hidden_size // heads))
 
 
-# ------------------------------------------------------------------------------------------------------- our own form
+# ------------------------------------------------------------------------------------------------------------ planning
 
 
-def _to_form(model: PreTrainedModel, config: ConversionConfig, calibration: list[Tensor]) -> PreTrainedModel:
-    family, form = family_of(model.config), config.form()
-    count = len(model.get_submodule(family.blocks))  # type: ignore[arg-type]
+class Source(Protocol):
+    """Where a conversion looks at the tensors of the float model."""
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        ...
+
+
+@dataclass(frozen=True)
+class _State:
+    tensors: dict[str, Tensor]
+
+    def get(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+
+Measure = Callable[[list[str]], dict[str, InputStatistics]]
+"""Maps names of layers to what calibration measured at their inputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionPlan:
+    """What a conversion does to a model's tensors.
+
+    Attributes:
+        target: the configuration of the result.
+        added: tensors that the source lacks.
+        dropped: tensors of the source that the result lacks.
+        edits: what happens to tensors, row by row: the first dimension may be cut into pieces.
+        granularity: how many weights of a ternary layer share a scale.
+    """
+
+    target: PreTrainedConfig
+    added: dict[str, Tensor] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
+    edits: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    granularity: Granularity = "tensor"
+
+    def master(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the master weight that a ternary layer of the result has."""
+        return keep_ternary(self.edit(name, tensor), self.granularity)
+
+    def edit(self, name: str, tensor: Tensor) -> Tensor:
+        """Return what the result has in place of a tensor, or of some of its rows."""
+        return self.edits[name](tensor) if name in self.edits else tensor
+
+
+def plan_conversion(config: PreTrainedConfig, conversion: ConversionConfig, source: Source, measure: Measure) -> ConversionPlan:
+    """Plan a conversion.
+
+    Args:
+        config: of the float model; see `check_family`.
+        conversion: what to do.
+        source: the model's tensors.
+        measure: called at most once, and only if the conversion calibrates.
+
+    Raises:
+        UserError: if calibration meets activations that are not finite.
+    """
+    if conversion.form() == TernaryForm():
+        return ConversionPlan(target=config)
+    plan = _plan_bitnet if _is_stock_bitnet(config, conversion) else _plan_form
+    return plan(config, conversion, source, partial(_finite_statistics, measure))
+
+
+def _finite_statistics(measure: Measure, names: list[str]) -> dict[str, InputStatistics]:
+    statistics = measure(names)
+    for name, found in statistics.items():
+        if not found.maximum < float("inf"):  # NaN is not below it, either
+            raise UserError(f"the input of {name} is not finite on the calibration tokens: this model cannot be calibrated")
+    return statistics
+
+
+def keep_ternary(weight: Tensor, granularity: Granularity) -> Tensor:
+    """Return a master weight whose quantisation is the weight itself, if that is ternary already; else the weight.
+
+    A ternary model that was stored dequantised holds only -s, 0 and s. Its absmean is not s but s times the share of nonzero
+    weights, so that quantising it again would shrink every layer's output by that share. Scaled up, it comes out as it was.
+
+    Args:
+        weight: `[out, in]`, floating point.
+        granularity: of the layer.
+    """
+    if not _is_ternary(weight[:1]) or not _is_ternary(weight) or not weight.any():  # a row tells nearly every float matrix
+        return weight
+    largest = weight.abs().max()
+    factor = largest.float() / absmean_scale(weight, granularity)
+    return (weight.float() * expand_scale(factor, weight.shape[1])).to(weight.dtype)
+
+
+def _is_ternary(weight: Tensor) -> bool:
+    magnitude = weight.abs()
+    return bool(((magnitude == magnitude.max()) | (magnitude == 0)).all())
+
+
+def _plan_form(config: PreTrainedConfig, conversion: ConversionConfig, source: Source, measure: Measure) -> ConversionPlan:
+    family, form, eps = family_of(config), conversion.form(), config.rms_norm_eps
     moved = {reader: norm for norm, readers in family.pre_norms.items() for reader in readers} if form.norm == "bitlinear" else {}
     inserted = [name for name in normed_layers(family, form.norm) if name not in moved]
-    sites = [f"{family.blocks}.{i}.{name}" for i in range(count) for name in inserted]
-    statistics = measure_inputs(model, sites, calibration) if config.calibrates else {}
-    state = model.state_dict()
-    eps = model.config.rms_norm_eps
-    for i in range(count):
-        block = f"{family.blocks}.{i}"
-        for name in inserted:
-            width = state[f"{block}.{name}.weight"].shape[1]
-            gain, own_eps = _gain(statistics.get(f"{block}.{name}"), eps, config.softness)
-            state |= _norm_state(f"{block}.{name}", torch.full((width,), gain), own_eps)
+    blocks = [f"{family.blocks}.{i}" for i in range(config.num_hidden_layers)]
+    sites = [f"{block}.{name}" for block in blocks for name in inserted]
+    statistics = measure(sites) if conversion.calibrates else {}
+    added: dict[str, Tensor] = {}
+    for site in sites:
+        gain, own_eps = _gain(statistics.get(site), eps, conversion.softness)
+        added |= _norm_state(site, torch.full((source.shape(f"{site}.weight")[1],), gain), own_eps)
+    for block in blocks:
         for name, norm in moved.items():
             # In the norm's own arithmetic: Gemma multiplies by 1 + weight.
-            state |= _norm_state(f"{block}.{name}", state[f"{block}.{norm}.weight"].float() + family.norm_offset, eps)
-        for norm in set(moved.values()):
-            del state[f"{block}.{norm}.weight"]
-        for name in family.mixing if form.rotation else ():
-            state[f"{block}.{name}.weight"] = rotate(state[f"{block}.{name}.weight"])
-    with torch.device("meta"):
-        converted: PreTrainedModel = AutoModelForCausalLM.from_config(ternary_config(model.config, form))
-    return _assemble(converted, state, model)
+            added |= _norm_state(f"{block}.{name}", source.get(f"{block}.{norm}.weight").float() + family.norm_offset, eps)
+    return ConversionPlan(
+        target=ternary_config(config, form),
+        added=added,
+        dropped=frozenset(f"{block}.{norm}.weight" for block in blocks for norm in moved.values()),
+        edits={f"{block}.{name}.weight": rotate for block in blocks for name in family.mixing} if form.rotation else {},
+        granularity=form.granularity,
+    )
 
 
 def _gain(statistics: InputStatistics | None, eps: float, softness: float) -> tuple[float, float]:
@@ -166,6 +282,29 @@ def _gain(statistics: InputStatistics | None, eps: float, softness: float) -> tu
 
 def _norm_state(layer: str, weight: Tensor, eps: float) -> dict[str, Tensor]:
     return {f"{layer}.in_norm.weight": weight, f"{layer}.in_norm.eps": torch.tensor(eps)}
+
+
+# -------------------------------------------------------------------------------------------------------- carrying out
+
+
+@torch.no_grad()
+def carry_out(plan: ConversionPlan, model: PreTrainedModel) -> PreTrainedModel:
+    """Convert a model in memory; the result shares what the plan leaves as it is."""
+    state = {name: plan.edit(name, tensor) for name, tensor in model.state_dict().items() if name not in plan.dropped}
+    for layer in quantized_names(model):
+        state[f"{layer}.weight"] = keep_ternary(state[f"{layer}.weight"], plan.granularity)
+    if model.config.tie_word_embeddings:
+        family = family_of(model.config)
+        state[f"{family.head}.weight"] = state[f"{family.embedding}.weight"]
+    state |= plan.added
+    with torch.device("meta"):
+        converted: PreTrainedModel = AutoModelForCausalLM.from_config(plan.target)
+    return _assemble(with_layers(converted), state, model)
+
+
+def with_layers(converted: PreTrainedModel) -> PreTrainedModel:
+    """Make a model on the meta device ternary that is not by its class."""
+    return converted if form_of(converted.config) is not None else replace_linears(converted)
 
 
 def _assemble(converted: PreTrainedModel, state: dict[str, Tensor], source: PreTrainedModel) -> PreTrainedModel:
@@ -181,6 +320,7 @@ def _assemble(converted: PreTrainedModel, state: dict[str, Tensor], source: PreT
     for parameter in converted.parameters():
         parameter.requires_grad_(True)
     converted.tie_weights()
+    converted.generation_config = source.generation_config
     return converted
 
 
@@ -209,11 +349,15 @@ def is_quantized_linear(name: str) -> bool:
 
 
 def replace_linears(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace the seven linear layers of every block by `BitLinear`, in place, sharing parameters; return the model."""
+    """Replace the seven linear layers of every block by `BitLinear`, in place, sharing parameters; return the model.
+
+    The configuration says so from then on, so that `save_pretrained`, which other trainers call, loses nothing.
+    """
     for name in quantized_names(model):
         module = model.get_submodule(name)
         assert isinstance(module, nn.Linear)
         model.set_submodule(name, BitLinear.from_linear(module).train(module.training))
+    model.config.quantization_config = quantization_block("autobitlinear", "online")
     return model
 
 
@@ -242,39 +386,30 @@ def bitnet_config_from_llama(config: LlamaConfig) -> BitNetConfig:
     )
 
 
-def _to_bitnet(model: PreTrainedModel, config: ConversionConfig, calibration: list[Tensor]) -> PreTrainedModel:
-    assert isinstance(model, LlamaForCausalLM)
-    target = bitnet_config_from_llama(model.config)
+def _plan_bitnet(config: PreTrainedConfig, conversion: ConversionConfig, source: Source, measure: Measure) -> ConversionPlan:
+    assert isinstance(config, LlamaConfig)
+    target = bitnet_config_from_llama(config)
     sites = norm_sites(target.num_hidden_layers)
     insertions: dict[str, NormInsertion] = {}
     residual_scale = 1.0
-    if config.calibrates:
-        statistics = measure_sites(model, sites, calibration)
-        insertions, residual_scale = plan_insertions(statistics, target.rms_norm_eps, config.softness)
-    return replace_linears(_with_subln(model, target, sites, insertions, residual_scale))
-
-
-def _with_subln(
-    model: PreTrainedModel,
-    target: BitNetConfig,
-    sites: list[NormSite],
-    insertions: dict[str, NormInsertion],
-    residual_scale: float,
-) -> PreTrainedModel:
+    if conversion.calibrates:
+        inputs = measure([site.consumer for site in sites])
+        statistics = {}
+        for site in sites:
+            found, producer = inputs[site.consumer], source.get(f"{site.producer}.weight")
+            statistics[site.norm] = NormStatistics(found.median, found.maximum, float(producer.detach().float().abs().mean()))
+        insertions, residual_scale = plan_insertions(statistics, target.rms_norm_eps, conversion.softness)
     target.rms_norm_eps *= residual_scale**2
-    with torch.device("meta"):
-        converted = BitNetForCausalLM(target)
-    state = model.state_dict()
-    reference = state["model.norm.weight"]
+    reference = source.get("model.norm.weight")
+    added: dict[str, Tensor] = {}
+    edits: dict[str, Callable[[Tensor], Tensor]] = {}
     for site in sites:
-        width = converted.get_submodule(site.norm).weight.shape
         insertion = insertions.get(site.norm, NormInsertion())
-        state[f"{site.norm}.weight"] = reference.new_full(width, insertion.gain)
+        added[f"{site.norm}.weight"] = reference.new_full(source.shape(f"{site.consumer}.weight")[1:], insertion.gain)
         if insertion.input_scale != 1.0:
-            state[f"{site.producer}.weight"] = state[f"{site.producer}.weight"] * insertion.input_scale
+            edits[f"{site.producer}.weight"] = partial(torch.mul, other=insertion.input_scale)
     if residual_scale != 1.0:
-        state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"] * residual_scale
+        edits["model.embed_tokens.weight"] = partial(torch.mul, other=residual_scale)
         if target.tie_word_embeddings:
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
-            state["model.norm.weight"] = state["model.norm.weight"] / residual_scale
-    return _assemble(converted, state, model)
+            edits["model.norm.weight"] = partial(torch.mul, other=1.0 / residual_scale)  # a power of two: exact
+    return ConversionPlan(target=target, added=added, edits=edits)

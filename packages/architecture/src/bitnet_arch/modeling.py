@@ -16,7 +16,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from bitnet_arch.bitlinear import LAMBDA_KEY, BitLinear
+from bitnet_arch.bitlinear import LAMBDA_KEY, BitLinear, bitlinear_layers
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import FAMILIES, PREFIX, Family, family_of, quantized_names
 from bitnet_arch.norm import SubLN
@@ -171,6 +171,22 @@ class _Ternary(PreTrainedModel):
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         build_layers(self, form_of(config) or TernaryForm())
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as stock transformers does; a lambda that was saved is the one that the layers compute with."""
+        result = super().from_pretrained(*args, **kwargs)
+        for _, layer in bitlinear_layers(result[0] if isinstance(result, tuple) else result):
+            layer.set_strength(float(layer.quant_lambda))
+        return result
+
+    def _move_missing_keys_from_meta_to_device(self, missing_keys: list[str], *args: Any, **kwargs: Any) -> None:
+        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
+        for key in missing_keys:  # what `_init_weights` sees is decided by parameters alone
+            if key.endswith(f".{LAMBDA_KEY}"):
+                layer = self.get_submodule(key.removesuffix(f".{LAMBDA_KEY}"))
+                assert isinstance(layer, BitLinear)
+                layer.set_strength(1.0)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -14,7 +14,8 @@ Figures are in docs/experiments.md.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -100,31 +101,34 @@ def measure_inputs(model: nn.Module, layers: Iterable[str], calibration: Iterabl
     Returns:
         Layer name to statistics.
     """
-    recorders = {name: _MeanSquareRecorder() for name in layers}
-    handles = [model.get_submodule(name).register_forward_pre_hook(recorder) for name, recorder in recorders.items()]
-    try:
+    with recording(model, layers) as found:
         for ids in calibration:
             model(input_ids=ids, use_cache=False)
+    return found
+
+
+@contextmanager
+def recording(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, InputStatistics]]:
+    """Record what goes into layers while the model runs.
+
+    Args:
+        model: the model, or a part of it.
+        layers: dotted names in it.
+
+    Yields:
+        Layer name to statistics over all tokens seen, filled in when the block ends.
+    """
+    recorders = {name: _MeanSquareRecorder() for name in layers}
+    handles = [model.get_submodule(name).register_forward_pre_hook(recorder) for name, recorder in recorders.items()]
+    found: dict[str, InputStatistics] = {}
+    try:
+        yield found
     finally:
         for handle in handles:
             handle.remove()
-    found = {}
     for name, recorder in recorders.items():
         mean_square = torch.cat(recorder.values)
         found[name] = InputStatistics(float(mean_square.median()), float(mean_square.max()))
-    return found
-
-
-def measure_sites(model: nn.Module, sites: Iterable[NormSite], calibration: Iterable[Tensor]) -> dict[str, NormStatistics]:
-    """Measure every site on the unmodified model (arguments as in `measure_inputs`); return norm name to statistics."""
-    sites = list(sites)
-    inputs = measure_inputs(model, [site.consumer for site in sites], calibration)
-    found = {}
-    for site in sites:
-        producer_weight = float(model.get_parameter(f"{site.producer}.weight").detach().float().abs().mean())
-        statistics = inputs[site.consumer]
-        found[site.norm] = NormStatistics(statistics.median, statistics.maximum, producer_weight)
-    return found
 
 
 def soften(statistics: InputStatistics, norm_eps: float, softness: float) -> tuple[float, float]:
@@ -148,7 +152,7 @@ def plan_insertions(
     """Decide gains and scales.
 
     Args:
-        statistics: from `measure_sites`.
+        statistics: by norm name.
         norm_eps: the model's ε.
         softness: the effective ε as a multiple of the largest mean square seen at a site; 0 gives plain norms.
 
