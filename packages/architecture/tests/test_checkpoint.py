@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bitnet_arch.checkpoint.save_file", full)
+    monkeypatch.setattr("bitnet_arch.shards.os.pwrite", full)
     with pytest.raises(UserError, match="No space left on device"):
         save_master(model, tmp_path / "m")
     assert (tmp_path / "m/model.safetensors").read_bytes() == before

@@ -15,6 +15,10 @@ from bitnet_arch.checkpoint import (
 from bitnet_arch.configs import load_config
 from bitnet_arch.convert import ConversionConfig, check_family, convert_model
 from bitnet_arch.errors import UserError
+from bitnet_arch.families import FAMILIES, Family
+from bitnet_arch.hub import write_model_card
+from bitnet_arch.modeling import TernaryForm, register_family
+from bitnet_arch.norm import SubLN
 from bitnet_arch.packed import PackedBitLinear, pack_model
 from bitnet_arch.pretrained import Pretrained, load_float_model, resolve_pretrained
 from bitnet_arch.quant import (
@@ -25,17 +29,23 @@ from bitnet_arch.quant import (
     quantize_weight,
     ternary_codes,
 )
+from bitnet_arch.stream import convert_directory
 
 __all__ = [
+    "FAMILIES",
     "BitLinear",
     "ConversionConfig",
+    "Family",
     "PackedBitLinear",
     "Pretrained",
+    "SubLN",
+    "TernaryForm",
     "UserError",
     "WeightReader",
     "absmean_scale",
     "bitlinear_layers",
     "check_family",
+    "convert_directory",
     "convert_model",
     "fake_quant_activation",
     "fake_quant_weight",
@@ -49,9 +59,11 @@ __all__ = [
     "pack_model",
     "quantize_activation",
     "quantize_weight",
+    "register_family",
     "resolve_pretrained",
     "save_master",
     "save_packed",
     "set_lambda",
     "ternary_codes",
+    "write_model_card",
 ]

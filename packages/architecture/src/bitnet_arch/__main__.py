@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bitnet_arch.checkpoint import load_tokenizer, open_weights, save_master, save_packed
-from bitnet_arch.configs import load_config
-from bitnet_arch.convert import ConversionConfig, check_family, convert_model
+from bitnet_arch.checkpoint import load_tokenizer, open_weights
+from bitnet_arch.convert import ConversionConfig
 from bitnet_arch.errors import UserError
-from bitnet_arch.pretrained import load_float_model, resolve_pretrained
+from bitnet_arch.pretrained import resolve_pretrained
+from bitnet_arch.shards import MAX_SHARD_SIZE
+from bitnet_arch.stream import check_source, convert_directory
 
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 4, 512
 
@@ -65,21 +66,21 @@ def _conversion(arguments: argparse.Namespace) -> ConversionConfig:
 def _convert(arguments: argparse.Namespace) -> None:
     config = _conversion(arguments)
     source = resolve_pretrained(arguments.source)
-    if arguments.out.resolve() == source.path.resolve():
-        raise UserError(f"--out {arguments.out} is the source itself, whose weights would be lost: choose another output")
     print(f"source: {source.note}", file=sys.stderr)
-    with open_weights(source.path) as reader:
-        if reader.form != "float":
-            raise UserError(f"{source.path} is ternary already ({reader.form}): there is nothing to convert")
-    check_family(load_config(source.path), config.norm)
-    model = load_float_model(source)
+    check_source(source.path, config)
     tokenizer = load_tokenizer(source.path)
     rows = None
-    if config.norm == "subln" and config.gain == "calibrated":
+    if config.calibrates:
         rows = calibration_rows(tokenizer, _calibration_text(arguments.calibration))
-    converted = convert_model(model, config, rows)
-    save = save_packed if arguments.packed else save_master
-    save(converted, arguments.out, tokenizer, provenance=source.provenance)
+    convert_directory(
+        source.path,
+        arguments.out,
+        config,
+        rows,
+        packed=arguments.packed,
+        max_shard_size=round(arguments.max_shard_gib * 2**30),
+        provenance=source.provenance,
+    )
     result = {"out": str(arguments.out), "form": "packed" if arguments.packed else "master", "source": source.note}
     if arguments.json:
         print(json.dumps(result))
@@ -120,11 +121,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("source", help="a model directory or a hub id")
     convert.add_argument("--out", type=Path, required=True, help="the directory to write")
-    convert.add_argument("--norm", choices=["subln", "none"], default="subln", help="where norms are inserted (subln)")
+    convert.add_argument(
+        "--norm", choices=["subln", "none", "allnorm", "bitlinear"], default="subln", help="where norms go (subln)"
+    )
     convert.add_argument("--gain", choices=["calibrated", "one"], help="initial norm gain (calibrated)")
     convert.add_argument("--softness", type=float, help="0 inserts plain norms; larger is nearer to none (0.1)")
     convert.add_argument("--calibration", type=Path, help="a text file (default: Python's own documentation)")
     convert.add_argument("--packed", action="store_true", help="write 2-bit weights instead of float masters")
+    convert.add_argument(
+        "--max-shard-gib", type=float, default=MAX_SHARD_SIZE / 2**30, help="largest file, in GiB of tensors (%(default)g)"
+    )
     convert.add_argument("--json", action="store_true", help="print the result as JSON")
     convert.set_defaults(run=_convert)
     info = commands.add_parser("info", help="say what a model directory holds")

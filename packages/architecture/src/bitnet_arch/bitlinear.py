@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitnet_arch.errors import UserError
-from bitnet_arch.quant import fake_quant_activation, fake_quant_weight
+from bitnet_arch.hadamard import rotate
+from bitnet_arch.norm import SubLN
+from bitnet_arch.quant import Granularity, fake_quant_activation, fake_quant_weight
 
 LAMBDA_KEY = "quant_lambda"
 """Name of the strength buffer in a layer's state dict; model directories never contain it."""
@@ -21,16 +23,20 @@ LAMBDA_KEY = "quant_lambda"
 class BitLinear(nn.Linear):
     """Linear layer with ternary weights and 8-bit activations, quantised on the fly.
 
-    Computes `F.linear(x + λ·(Qa(x) - x), W + λ·(Qw(W) - W), bias)`: Qw is the absmean ternary quantiser over the whole
-    matrix, Qa the per-token absmax int8 quantiser, and both differences are constants to the gradient (straight-through).
-    λ = 1 is BitNet b1.58, λ = 0 is `nn.Linear`; values between are the warm-up of HF1BitLLM.
+    Computes `F.linear(x + λ·(Qa(x) - x), W + λ·(Qw(W) - W), bias)`: Qw is the absmean ternary quantiser, Qa the per-token absmax
+    int8 quantiser, and both differences are constants to the gradient (straight-through). λ = 1 is BitNet b1.58, λ = 0 is
+    `nn.Linear`; values between are the warm-up of HF1BitLLM. A norm and a rotation of the input come before all that, whatever λ.
 
     Attributes:
-        weight: float master weight `[out_features, in_features]`.
+        weight: float master weight `[out_features, in_features]`; of a rotated layer, in the rotated basis.
         quant_lambda: 0-dim float32 buffer, the quantisation strength; set it with `set_lambda`.
+        granularity: how many weights share a scale.
+        in_norm: RMSNorm of the input, or None.
+        rotation: whether the input is rotated by `bitnet_arch.hadamard.rotate` before it is quantised.
     """
 
     quant_lambda: Tensor
+    in_norm: SubLN | None
 
     def __init__(
         self,
@@ -39,15 +45,37 @@ class BitLinear(nn.Linear):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        granularity: Granularity = "tensor",
+        in_norm: SubLN | None = None,
+        rotation: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.granularity: Granularity = granularity
+        self.in_norm = in_norm
+        self.rotation = rotation
         self.register_buffer(LAMBDA_KEY, torch.ones((), device=device))
         self._strength = 1.0
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear) -> "BitLinear":
-        """Wrap an `nn.Linear`: the parameters are shared, not copied."""
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        granularity: Granularity = "tensor",
+        in_norm: SubLN | None = None,
+        rotation: bool = False,
+    ) -> "BitLinear":
+        """Wrap an `nn.Linear`: the parameters are shared, not copied; a weight for a rotated layer must be rotated already."""
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            device="meta",
+            granularity=granularity,
+            in_norm=in_norm,
+            rotation=rotation,
+        )
         layer.weight = linear.weight
         layer.bias = linear.bias
         layer.quant_lambda = torch.ones((), device=linear.weight.device)
@@ -55,9 +83,13 @@ class BitLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in_features]` to `[..., out_features]` in x's dtype."""
+        if self.in_norm is not None:
+            x = self.in_norm(x)
+        if self.rotation:
+            x = rotate(x)
         if self._strength == 0.0:
             return F.linear(x, self.weight, self.bias)
-        xq, wq = fake_quant_activation(x), fake_quant_weight(self.weight)
+        xq, wq = fake_quant_activation(x), fake_quant_weight(self.weight, self.granularity)
         if self._strength != 1.0:
             xq, wq = torch.lerp(x, xq, self._strength), torch.lerp(self.weight, wq, self._strength)
         return F.linear(xq, wq, self.bias)

@@ -10,14 +10,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -28,19 +28,43 @@ from transformers import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 
-from bitnet_arch.bitlinear import LAMBDA_KEY, BitLinear, get_lambda
-from bitnet_arch.configs import load_config, read_config, read_json_object, short_reason
-from bitnet_arch.convert import PLAIN_FAMILIES, is_quantized_linear, replace_linears
+from bitnet_arch.bitlinear import LAMBDA_KEY, BitLinear, get_lambda, set_lambda
+from bitnet_arch.configs import (
+    LinearClass,
+    check_converted,
+    load_config,
+    quantization_block,
+    read_config,
+    read_json_object,
+    read_quantization_block,
+    short_reason,
+)
+from bitnet_arch.convert import replace_linears
 from bitnet_arch.errors import UserError
+from bitnet_arch.families import PREFIX, family_of, quantized_names
+from bitnet_arch.modeling import form_of
+from bitnet_arch.norm import SubLN
 from bitnet_arch.packed import PackedBitLinear
 from bitnet_arch.packing import pack_codes, unpack_codes
-from bitnet_arch.quant import quantize_weight
+from bitnet_arch.quant import Granularity, quantize_weight
+from bitnet_arch.shards import (
+    INDEX_FILE,
+    MAX_SHARD_SIZE,
+    PIECE,
+    WEIGHTS_FILE,
+    ShardFile,
+    ShardWriter,
+    TensorSpec,
+    check_finite,
+    row_pieces,
+)
 
-LinearClass = Literal["bitlinear", "autobitlinear"]
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 MODEL_SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model"})
 """What a model directory is made of; one that holds anything else is never replaced."""
+
+CARD_FILE = "README.md"
+CARD_MARK = "<!-- generated from the files beside it: edits are lost when it is written again -->"
+"""By which a card that `bitnet_arch.hub` wrote is told from one that people wrote."""
 
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -49,13 +73,15 @@ PROVENANCE_FILE = "provenance.json"
 
 
 def stored_scale(scale: Tensor, linear_class: LinearClass) -> Tensor:
-    """Return what `weight_scale` must hold for a layer whose codes are multiplied by `scale` (float32 `[1]`)."""
-    return (scale.reciprocal() if linear_class == "bitlinear" else scale).reshape(1).float()
+    """Return what `weight_scale` must hold for a layer whose codes are multiplied by `scale` (float32, `[1]` or a matrix)."""
+    value = (scale.reciprocal() if linear_class == "bitlinear" else scale).float()
+    return value if value.ndim == 2 else value.reshape(1)
 
 
 def dequantizing_scale(weight_scale: Tensor, linear_class: LinearClass) -> Tensor:
-    """Return the float32 0-dim multiplier that a stored `weight_scale` stands for."""
-    value = weight_scale.float().reshape(())
+    """Return the float32 multiplier that a stored `weight_scale` stands for: 0-dim, or a matrix in our own form."""
+    value = weight_scale.float()
+    value = value if value.ndim == 2 else value.reshape(())
     return value.reciprocal() if linear_class == "bitlinear" else value
 
 
@@ -65,7 +91,7 @@ def dequantizing_scale(weight_scale: Tensor, linear_class: LinearClass) -> Tenso
 class WeightReader:
     """Reads a model directory tensor by tensor, whatever its form.
 
-    Use as a context manager or let it be collected; files are memory-mapped and opened once.
+    Use as a context manager or let it be collected; files are opened once and read by position, see `bitnet_arch.shards`.
 
     Attributes:
         config: the parsed `config.json`.
@@ -76,28 +102,24 @@ class WeightReader:
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
         self.config = read_config(self.directory)
-        quantization = self.config.get("quantization_config") or {}
-        if not isinstance(quantization, dict):
-            raise UserError(f"{self.directory}/config.json has a quantization_config that is no object: save the model again")
-        if quantization and quantization.get("quant_method") != "bitnet":
-            raise UserError(
-                f"{self.directory} is quantised by {quantization.get('quant_method')!r}: only bitnet and float models can be read"
-            )
-        self.linear_class: LinearClass = quantization.get("linear_class", "bitlinear")
-        if self.linear_class not in get_args(LinearClass):
-            raise UserError(
-                f"{self.directory}/config.json names an unknown linear_class {self.linear_class!r:.40}: save the model again"
-            )
-        mode = quantization.get("quantization_mode", "offline")
-        self.form = "float" if not quantization else "master" if mode == "online" else "packed"
-        self._handles: dict[str, Any] = {}
+        stock = read_quantization_block(self.config, f"{self.directory}/config.json")
+        self.linear_class: LinearClass = stock[0] if stock else "bitlinear"
+        self.form = "float" if stock is None else "master" if stock[1] == "online" else "packed"
+        self.granularity: Granularity = "tensor"
+        self._own = self.config["model_type"].startswith(PREFIX)
+        if self._own:
+            own = form_of(self.model_config)
+            assert own is not None
+            self.form = "packed" if own.packed else "master"
+            self.linear_class, self.granularity = "autobitlinear", own.granularity  # ours multiplies
+        self._open_files: dict[str, ShardFile] = {}
         self._file_of = self._locate()
 
     def __enter__(self) -> "WeightReader":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._handles.clear()
+        self._open_files.clear()
 
     @cached_property
     def model_config(self) -> PreTrainedConfig:
@@ -111,14 +133,34 @@ class WeightReader:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
-    def get(self, name: str) -> Tensor:
-        """Return one stored tensor as it is.
+    def get(self, name: str, rows: slice | None = None) -> Tensor:
+        """Return one stored tensor as it is, or some of its rows, as memory of its own.
 
         Raises:
             UserError: if the directory has no such tensor.
         """
-        tensor: Tensor = self._holder(name).get_tensor(name)
-        return tensor
+        return self._holder(name).read(name, rows)
+
+    def pieces(self, name: str, size: int = PIECE) -> Iterator[Tensor]:
+        """Yield a stored tensor in pieces of whole rows of at most about `size` bytes.
+
+        Raises:
+            UserError: if the directory has no such tensor.
+        """
+        spec = self.spec(name)
+        if not spec.shape:
+            yield self.get(name)
+            return
+        for rows in row_pieces(spec, size):
+            yield self.get(name, rows)
+
+    def spec(self, name: str) -> TensorSpec:
+        """Return a tensor's type and shape as it is stored.
+
+        Raises:
+            UserError: if the directory has no such tensor.
+        """
+        return self._holder(name).specs[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it: of a packed weight that of its codes.
@@ -126,10 +168,9 @@ class WeightReader:
         Raises:
             UserError: if the directory has no such tensor.
         """
-        stored = self._holder(name).get_slice(name)
-        shape = tuple(stored.get_shape())
-        packed = self.form == "packed" and stored.get_dtype() == "U8" and shape
-        return (shape[0] * 4, *shape[1:]) if packed else shape
+        spec = self.spec(name)
+        packed = self.form == "packed" and spec.dtype == torch.uint8 and spec.shape
+        return (spec.shape[0] * 4, *spec.shape[1:]) if packed else spec.shape
 
     def ternary(self, name: str) -> tuple[Tensor, Tensor]:
         """Return `(codes, scale)` of a quantised matrix, from packed bytes or by absmean from a float master.
@@ -138,13 +179,46 @@ class WeightReader:
             name: a weight's name, such as `model.layers.0.self_attn.q_proj.weight`.
 
         Returns:
-            int8 codes `[out, in]` and the 0-dim float32 scale that multiplies them.
+            int8 codes `[out, in]` and the float32 scale that multiplies them, in a shape of `bitnet_arch.quant.absmean_scale`.
+
+        Raises:
+            UserError: if the directory lacks the tensor, contradicts itself, or was saved before λ was 1.
         """
         weight = self.get(name)
+        if self.form == "packed":
+            return self._stored_codes(name, weight), dequantizing_scale(self.stored_scale(name), self.linear_class)
+        if not weight.is_floating_point():
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{self.directory} contradicts itself: config.json says float weights, and {name} is {kind}; correct it"
+            )
+        strength = f"{name.removesuffix('weight')}{LAMBDA_KEY}"
+        if strength in self and (value := float(self.get(strength))) != 1.0:
+            raise UserError(f"{self.directory} was saved at lambda {value:g}, and no codes can express that: train it to lambda 1")
+        return quantize_weight(weight, self.granularity)
+
+    def stored_scale(self, name: str) -> Tensor:
+        """Return the `weight_scale` beside a packed weight as it is stored: of which convention, `linear_class` says.
+
+        Raises:
+            UserError: if it is missing, or no scale.
+        """
+        scale = self.get(name.removesuffix("weight") + "weight_scale")
+        one = scale.numel() == 1 or self._own
+        if not one or not scale.is_floating_point() or not (torch.isfinite(scale) & (scale > 0)).all():
+            raise UserError(f"{self.directory}: the scale of {name} is not a positive number: download or save the model again")
+        return scale
+
+    def _stored_codes(self, name: str, weight: Tensor) -> Tensor:
+        """Unpack codes; stock `AutoBitLinear` also saves them unpacked, as numbers -1, 0 and 1 of any type."""
         if weight.dtype == torch.uint8:
-            scale = self.get(name.removesuffix("weight") + "weight_scale")
-            return unpack_codes(weight), dequantizing_scale(scale, self.linear_class)
-        return quantize_weight(weight)
+            return unpack_codes(weight)
+        if not ((weight == 0) | (weight.abs() == 1)).all():
+            raise UserError(
+                f"{self.directory} contradicts itself: config.json says packed weights, and {name} holds other values than -1, 0 "
+                "and 1; correct quantization_mode"
+            )
+        return weight.to(torch.int8)
 
     def _locate(self) -> dict[str, str]:
         index = self.directory / INDEX_FILE
@@ -155,24 +229,24 @@ class WeightReader:
                 raise UserError(f"{index} is damaged (its weight_map does not name files): download or save the model again")
         files = sorted(set(named.values()))
         # The files themselves say what they hold: an index can be stale.
-        return {key: file for file in files for key in self._open(file).keys()}  # noqa: SIM118
+        return {key: file for file in files for key in self._open(file).specs}
 
-    def _holder(self, name: str) -> Any:
+    def _holder(self, name: str) -> ShardFile:
         if name not in self._file_of:
             raise UserError(f"{self.directory} has no tensor {name!r}: the checkpoint is incomplete or of another family")
         return self._open(self._file_of[name])
 
-    def _open(self, file: str) -> Any:
-        if file not in self._handles:
+    def _open(self, file: str) -> ShardFile:
+        if file not in self._open_files:
             path = self.directory / file
             try:
                 if Path(file).name != file or not path.is_file():
                     raise UserError(f"{path} is missing: download or save the model again")
-                self._handles[file] = safe_open(path, framework="pt")
+                self._open_files[file] = ShardFile(path)
             except (SafetensorError, OSError) as error:
                 reason = getattr(error, "strerror", None) or short_reason(error)
                 raise UserError(f"{path} is truncated or damaged ({reason}): download or save the model again") from None
-        return self._handles[file]
+        return self._open_files[file]
 
 
 def open_weights(directory: Path | str) -> WeightReader:
@@ -186,7 +260,8 @@ def load_model(directory: Path | str, dtype: torch.dtype = torch.float32, quanti
     Args:
         directory: master, packed or float model directory.
         dtype: of float parameters.
-        quantized: False gives plain `nn.Linear` layers with the float weights (master and float directories).
+        quantized: False gives the float weights (master and float directories): plain `nn.Linear` layers, or in our own form, whose
+            layers have norms, λ = 0.
 
     Returns:
         The model with `BitLinear` layers (master), `PackedBitLinear` layers (packed) or plain ones (float).
@@ -196,12 +271,16 @@ def load_model(directory: Path | str, dtype: torch.dtype = torch.float32, quanti
     """
     with open_weights(directory) as reader:
         model = skeleton(reader, dtype)
+        check_layers(model, reader)
         if reader.form == "packed" and not quantized:
             raise UserError(f"{directory} is packed and has no float weights: load the master form instead")
-        if reader.form == "master" and quantized:
+        own = form_of(model.config) is not None
+        if reader.form == "master" and quantized and not own:
             replace_linears(model)
         _fill(model, reader, dtype)
-    generation = _read_generation_config(Path(directory))
+        if own and not quantized:
+            set_lambda(model, 0.0)
+    generation = read_generation_config(Path(directory))
     if generation is not None:
         model.generation_config = generation
     model.eval()
@@ -221,17 +300,13 @@ def skeleton(reader: WeightReader, dtype: torch.dtype = torch.float32) -> PreTra
     layers, tensors = getattr(config, "num_hidden_layers", 0), len(reader.keys())
     if layers > tensors:  # before an absurd number is built
         raise UserError(f"{where} asks for {layers} layers, but the directory has {tensors} tensors: mend num_hidden_layers")
+    family_of(config)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        rotary: Any = dict(model.named_modules()).get("model.rotary_emb")
-        if rotary is not None:
-            model.set_submodule("model.rotary_emb", type(rotary)(config=config))
+        _compute_buffers(model)
     except Exception as error:  # every class of transformers has exceptions of its own for what it cannot build
         raise UserError(f"no model can be built from {where} ({short_reason(error)}): mend it or use another model") from None
-    if rotary is None:
-        known = ", ".join(sorted({"bitnet", *PLAIN_FAMILIES}))
-        raise UserError(f"{where} describes a {config.model_type!r}, which cannot be loaded: use a model of the families {known}")
     for name, parameter in model.named_parameters():
         if reader.form == "packed" and name not in reader and name.endswith(".bias"):
             continue
@@ -243,22 +318,79 @@ def skeleton(reader: WeightReader, dtype: torch.dtype = torch.float32) -> PreTra
     return model
 
 
+def check_layers(model: PreTrainedModel, reader: WeightReader) -> None:
+    """Refuse a directory whose words and tensors contradict each other on what is ternary.
+
+    Args:
+        model: its `skeleton`.
+        reader: the directory.
+
+    Raises:
+        UserError: for a head that should be ternary, a layer that should not, types of tensors that the configuration denies, or a
+            tied head that is not the embedding.
+    """
+    where, family = f"{reader.directory}/config.json", family_of(model.config)
+    names = quantized_names(model)
+    check_converted(reader.config, names, family.head, where)
+    for name in names:
+        bytes_found = reader.spec(f"{name}.weight").dtype == torch.uint8
+        scaled = f"{name}.weight_scale" in reader
+        if reader.form != "packed" and (bytes_found or scaled):
+            found = "packed bytes" if bytes_found else "a weight_scale"
+            raise UserError(f"{where} says that weights are float, and {name} has {found}: restore the file that was changed")
+        if reader.form == "packed" and not scaled:
+            raise UserError(
+                f"{where} says that weights are packed, and {name} has no weight_scale: restore the file that was changed"
+            )
+    head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
+    if f"{family.head}.weight_scale" in reader or (head in reader and not reader.spec(head).dtype.is_floating_point):
+        raise UserError(f"{reader.directory} has a ternary {family.head}, and heads stay float: save the model with a float head")
+    if model.config.tie_word_embeddings and head in reader:
+        same = reader.spec(head).shape == reader.spec(embedding).shape and all(
+            torch.equal(a, b) for a, b in zip(reader.pieces(head), reader.pieces(embedding), strict=True)
+        )
+        if not same:
+            raise UserError(f"{where} ties the head to the embedding, and {head} is another tensor: correct tie_word_embeddings")
+
+
+@torch.no_grad()
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Give values to what a model computes and does not store, such as rotary frequencies and scales of embeddings."""
+    for module in model.modules():
+        missing = [name for name in module._non_persistent_buffers_set if (b := module._buffers[name]) is not None and b.is_meta]
+        if missing:
+            for name in missing:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")  # type: ignore[arg-type]
+            model._init_weights(module)
+
+
 def _fill(model: PreTrainedModel, reader: WeightReader, dtype: torch.dtype) -> None:
     """Replace the meta tensors of `model` by the directory's, strictly."""
+    stock_packed = reader.form == "packed" and form_of(model.config) is None
+    packed = set(quantized_names(model)) if stock_packed else set()
     state: dict[str, Tensor] = {}
-    for name, _ in list(model.named_parameters()):
-        module_name = name.removesuffix(".weight")
-        if reader.form == "packed" and is_quantized_linear(module_name) and name.endswith(".weight"):
-            bias = f"{module_name}.bias"
-            layer = PackedBitLinear(*reader.ternary(name), reader.get(bias).to(dtype) if bias in reader else None)
-            model.set_submodule(module_name, layer)
-            continue
-        if reader.form == "packed" and is_quantized_linear(name.removesuffix(".bias")):
-            continue
+    for name in packed:
+        bias = f"{name}.bias"
+        layer = PackedBitLinear(*reader.ternary(f"{name}.weight"), reader.get(bias).to(dtype) if bias in reader else None)
+        model.set_submodule(name, layer)
+    if packed:
+        model.config.quantization_config = quantization_block("autobitlinear", "offline")  # what the layers hold multiplies
+    for name, _ in model.named_parameters():
         state[name] = reader.get(name).to(dtype)
     for name, module in model.named_modules():
         if isinstance(module, BitLinear):
-            state[f"{name}.{LAMBDA_KEY}"] = torch.ones(())
+            # Only other libraries' `save_pretrained` writes it, in the middle of a training.
+            key = f"{name}.{LAMBDA_KEY}"
+            state[key] = reader.get(key).float() if key in reader else torch.ones(())
+        if isinstance(module, SubLN):
+            state[f"{name}.eps"] = reader.get(f"{name}.eps").float()
+        if isinstance(module, PackedBitLinear) and name not in packed:
+            state |= {
+                f"{name}.weight": reader.get(f"{name}.weight"),
+                f"{name}.weight_scale": reader.stored_scale(f"{name}.weight").float(),
+            }
+            if module.bias is not None:
+                state[f"{name}.bias"] = reader.get(f"{name}.bias").to(dtype)
     missing = model.load_state_dict(state, strict=False, assign=True)
     assert not missing.unexpected_keys
     model.tie_weights()
@@ -269,7 +401,12 @@ def _fill(model: PreTrainedModel, reader: WeightReader, dtype: torch.dtype) -> N
         raise UserError(f"{reader.directory} leaves {len(left)} tensors without values, first {left[0]!r}: save the model again")
 
 
-def _read_generation_config(directory: Path) -> GenerationConfig | None:
+def read_generation_config(directory: Path) -> GenerationConfig | None:
+    """Return a directory's settings for generating text, None if it has none.
+
+    Raises:
+        UserError: if they are damaged.
+    """
     path = directory / GENERATION_FILE
     if not path.is_file():
         return None
@@ -329,6 +466,7 @@ def save_master(
     directory: Path | str,
     tokenizer: PreTrainedTokenizerBase | None = None,
     provenance: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
     """Write float master weights with a configuration that makes stock `transformers` quantise them on the fly.
 
@@ -339,14 +477,15 @@ def save_master(
         directory: where to write.
         tokenizer: written beside the model if given.
         provenance: one line on where the weights come from, kept in `provenance.json`.
+        max_shard_size: bytes of tensors in a file, from which on there are several and an index.
 
     Raises:
-        UserError: if λ is not 1, which no stock format can express, or the disk is full.
+        UserError: if λ is not 1, which no stock format can express, a weight is NaN or infinite, or the disk is full.
     """
     state = {name: t for name, t in _own_tensors(model) if not name.endswith(f".{LAMBDA_KEY}")}
-    quantized = any(isinstance(m, BitLinear) for m in model.modules())
+    quantized = any(isinstance(m, BitLinear) for m in model.modules()) and form_of(model.config) is None
     block = quantization_block("autobitlinear", "online") if quantized else None
-    _write(model, directory, tokenizer, state, block, provenance)
+    _write(model, directory, state, block, Companions.of(model, tokenizer, provenance), max_shard_size)
 
 
 def save_packed(
@@ -355,6 +494,7 @@ def save_packed(
     tokenizer: PreTrainedTokenizerBase | None = None,
     linear_class: LinearClass = "bitlinear",
     provenance: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
     """Write 2-bit weights.
 
@@ -363,19 +503,22 @@ def save_packed(
         directory: where to write.
         tokenizer: written beside the model if given.
         linear_class: the scale convention: "bitlinear" stores 1/β (what stock `BitLinear` divides by), "autobitlinear"
-            stores β (what stock `AutoBitLinear` multiplies by).
+            stores β (what stock `AutoBitLinear` multiplies by). A model in our own form always stores β.
         provenance: one line on where the weights come from, kept in `provenance.json`.
+        max_shard_size: bytes of tensors in a file, from which on there are several and an index.
 
     Raises:
-        UserError: if λ is not 1, a layer has rows not divisible by 4, nothing is quantised, or the disk is full.
+        UserError: if λ is not 1, a layer has rows not divisible by 4, nothing is quantised, a weight is NaN or infinite, or the
+            disk is full.
     """
     if linear_class not in get_args(LinearClass):
         raise UserError(f"unknown scale convention {linear_class!r}: choose {' or '.join(get_args(LinearClass))}")
     state = dict(_own_tensors(model))
-    found = False
+    found, own = False, form_of(model.config) is not None
     for name, module in model.named_modules():
         if isinstance(module, BitLinear):
-            codes, scale = quantize_weight(module.weight.detach())
+            check_finite(f"{name}.weight", module.weight.detach())
+            codes, scale = quantize_weight(module.weight.detach(), module.granularity)
             del state[f"{name}.{LAMBDA_KEY}"]
             try:
                 state[f"{name}.weight"] = pack_codes(codes)
@@ -386,38 +529,84 @@ def save_packed(
         else:
             continue
         found = True
-        state[f"{name}.weight_scale"] = stored_scale(scale, linear_class)
+        state[f"{name}.weight_scale"] = stored_scale(scale, "autobitlinear" if own else linear_class)
     if not found:
         raise UserError("the model has no ternary layers to pack: convert it first")
-    _write(model, directory, tokenizer, state, quantization_block(linear_class, "offline"), provenance)
+    block = None if own else quantization_block(linear_class, "offline")
+    _write(model, directory, state, block, Companions.of(model, tokenizer, provenance), max_shard_size, packed=True)
 
 
-def quantization_block(linear_class: LinearClass, mode: Literal["online", "offline"]) -> dict[str, Any]:
-    """Return the `quantization_config` that stock `transformers` understands."""
-    return {
-        "quant_method": "bitnet",
-        "linear_class": linear_class,
-        "quantization_mode": mode,
-        "use_rms_norm": False,
-        "rms_norm_eps": 1e-6,
-        "modules_to_not_convert": ["lm_head"],
-    }
+def own_names(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's tensors without the head that is its embedding."""
+    tied = {f"{family_of(model.config).head}.weight"} if model.config.tie_word_embeddings else set()
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            yield name, tensor
 
 
 def _own_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    for name, tensor in model.state_dict().items():
-        if name not in tied:
-            yield name, tensor.detach().cpu().contiguous()
+    for name, tensor in own_names(model):
+        yield name, tensor.detach().cpu().contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Companions:
+    """What lies beside a model's weights and configuration.
+
+    Attributes:
+        generation: how text is generated, if the model says so.
+        tokenizer: the tokenizer, if there is one.
+        provenance: one line on where the weights come from.
+    """
+
+    generation: GenerationConfig | None
+    tokenizer: PreTrainedTokenizerBase | None
+    provenance: str | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, provenance: str | None) -> "Companions":
+        """Return what goes beside a model."""
+        return cls(generation=model.generation_config, tokenizer=tokenizer, provenance=provenance)
+
+    def write(self, target: Path) -> None:
+        """Write what there is into a folder."""
+        if self.generation is not None:
+            # Not `save_pretrained`: it refuses what `from_pretrained` only warns of, and a trained model would be lost for a
+            # temperature that its producer set without do_sample.
+            self.generation.to_json_file(target / GENERATION_FILE, keys_to_pop=["compile_config"])
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(str(target))
+        if self.provenance is not None:
+            (target / PROVENANCE_FILE).write_text(json.dumps({"source": self.provenance}) + "\n")
+
+
+def config_text(config: PreTrainedConfig, architecture: str, quantization: dict[str, Any] | None, packed: bool) -> str:
+    """Return a directory's `config.json`.
+
+    Args:
+        config: the model's.
+        architecture: its class.
+        quantization: the block for stock `transformers`.
+        packed: whether the weights are 2-bit codes, for a model in our own form.
+    """
+    values = config.to_dict()
+    values.pop("quantization_config", None)
+    values["architectures"] = [architecture]
+    if quantization:
+        values["quantization_config"] = quantization
+    if (own := form_of(config)) is not None:
+        values["ternary"] = asdict(replace(own, packed=packed))
+    return json.dumps(values, indent=2, default=str) + "\n"
 
 
 def _write(
     model: PreTrainedModel,
     directory: Path | str,
-    tokenizer: PreTrainedTokenizerBase | None,
     state: dict[str, Tensor],
     quantization: dict[str, Any] | None,
-    provenance: str | None,
+    companions: Companions,
+    max_shard_size: int,
+    packed: bool = False,
 ) -> None:
     strength = get_lambda(model)
     if strength != 1.0:
@@ -425,23 +614,13 @@ def _write(
             f"the model's quantisation strength lambda is {strength:g}, and no model directory can express that: "
             "train until lambda is 1 or call set_lambda(model, 1.0)"
         )
-    config = model.config.to_dict()
-    config.pop("quantization_config", None)
-    config["architectures"] = [type(model).__name__]
-    if quantization:
-        config["quantization_config"] = quantization
 
     def fill(target: Path) -> None:
-        (target / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-        save_file(state, target / WEIGHTS_FILE, metadata={"format": "pt"})
-        if model.generation_config is not None:
-            # Not `save_pretrained`: it refuses what `from_pretrained` only warns of, and a trained model would be lost for a
-            # temperature that its producer set without do_sample.
-            model.generation_config.to_json_file(target / GENERATION_FILE, keys_to_pop=["compile_config"])
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(target))
-        if provenance is not None:
-            (target / PROVENANCE_FILE).write_text(json.dumps({"source": provenance}) + "\n")
+        (target / "config.json").write_text(config_text(model.config, type(model).__name__, quantization, packed))
+        with ShardWriter(target, {name: TensorSpec.of(tensor) for name, tensor in state.items()}, max_shard_size) as writer:
+            for name, tensor in state.items():
+                writer.write(name, tensor)
+        companions.write(target)
 
     write_directory(directory, fill)
 
@@ -491,4 +670,10 @@ def _is_foreign(directory: Path) -> bool:
         read_config(directory)
     except UserError:
         return True
-    return any(entry.is_dir() or entry.suffix not in MODEL_SUFFIXES for entry in directory.iterdir())
+    return any(entry.is_dir() or not _is_ours(entry) for entry in directory.iterdir())
+
+
+def _is_ours(file: Path) -> bool:
+    if file.name == CARD_FILE:
+        return CARD_MARK in file.read_text(encoding="utf-8", errors="replace")
+    return file.suffix in MODEL_SUFFIXES

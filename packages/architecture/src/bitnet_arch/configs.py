@@ -2,13 +2,15 @@
 
 import json
 import math
+import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from bitnet_arch.errors import UserError
 
@@ -23,6 +25,9 @@ SIZES = (
     "max_position_embeddings",
 )
 LARGEST_SIZE = 2**31 - 1
+
+LinearClass = Literal["bitlinear", "autobitlinear"]
+QuantizationMode = Literal["online", "offline"]
 
 
 def short_reason(error: Exception) -> str:
@@ -118,3 +123,81 @@ def _check_sizes(values: Mapping[str, Any], where: str) -> None:
         value = values.get(name)
         if value is not None and (type(value) is not int or not 1 <= value <= LARGEST_SIZE):
             raise UserError(f"{where} gives {name} as {value!r:.40}: it must be a whole number from 1 to {LARGEST_SIZE}")
+
+
+def quantization_block(linear_class: LinearClass, mode: QuantizationMode) -> dict[str, Any]:
+    """Return the `quantization_config` that stock `transformers` understands."""
+    return {
+        "quant_method": "bitnet",
+        "linear_class": linear_class,
+        "quantization_mode": mode,
+        "use_rms_norm": False,
+        "rms_norm_eps": 1e-6,
+        "modules_to_not_convert": ["lm_head"],
+    }
+
+
+def read_quantization_block(config: Mapping[str, Any], where: str) -> tuple[LinearClass, QuantizationMode] | None:
+    """Return how a stock `config.json` says its layers are quantised, None if they are float.
+
+    What it leaves out has the default of `transformers`: onebitllms writes only `quant_method` and means packed weights with stored
+    inverse scales ("bitlinear", "offline").
+
+    Args:
+        config: the parsed file.
+        where: what the sentence names.
+
+    Raises:
+        UserError: for another method, for words that are unknown or contradict each other, and for layers that this library would
+            compute in another way: with norms of the quantiser's, or not ternary.
+    """
+    block = config.get("quantization_config") or {}
+    if not isinstance(block, dict):
+        raise UserError(f"{where} has a quantization_config that is no object: save the model again")
+    if not block:
+        return None
+    if block.get("quant_method") != "bitnet":
+        raise UserError(f"{where} is quantised by {block.get('quant_method')!r:.40}: only bitnet and float models can be read")
+    chosen = []
+    for key, choices in (("linear_class", get_args(LinearClass)), ("quantization_mode", get_args(QuantizationMode))):
+        value = block.get(key, {"linear_class": "bitlinear", "quantization_mode": "offline"}[key])
+        if value not in choices:
+            raise UserError(f"{where} names an unknown {key} {value!r:.40}: save the model again")
+        chosen.append(value)
+    if chosen == ["bitlinear", "online"]:
+        raise UserError(
+            f"{where} contradicts itself: linear_class bitlinear is packed, quantization_mode online is float; correct one of them"
+        )
+    if block.get("use_rms_norm"):
+        raise UserError(f"{where} has use_rms_norm, norms inside the quantiser, which cannot be read: convert from the float model")
+    return chosen[0], chosen[1]
+
+
+def check_converted(config: Mapping[str, Any], names: Iterable[str], head: str, where: str) -> None:
+    """Refuse a list of layers left float (`modules_to_not_convert`) that is not the head alone.
+
+    Args:
+        config: the parsed `config.json`.
+        names: the layers that this library makes ternary.
+        head: the output layer.
+        where: what the sentence names.
+
+    Raises:
+        UserError: if the head is not in the list, or one of `names` is.
+    """
+    patterns = (config.get("quantization_config") or {}).get("modules_to_not_convert")
+    if patterns is None:  # transformers leaves the head alone by default
+        return
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UserError(f"{where} has a modules_to_not_convert that is no list of names: save the model again")
+    try:
+        if should_convert_module(head, patterns):
+            tied = ", which is the embedding, too," if config.get("tie_word_embeddings") else ""
+            raise UserError(f"{where} asks for a ternary {head}{tied} and heads stay float: add it to modules_to_not_convert")
+        for name in names:
+            if not should_convert_module(name, patterns):
+                raise UserError(
+                    f"{where} leaves {name} float (modules_to_not_convert), and this library makes it ternary: convert anew"
+                )
+    except re.error as error:
+        raise UserError(f"{where} has a modules_to_not_convert that cannot be read ({error}): save the model again") from None

@@ -1,22 +1,40 @@
 """Turn a Hugging Face decoder into a 1.58-bit one.
 
-A family is described by what its configuration says, never by a model's name. A Llama without biases becomes the stock
-`model_type: bitnet`, which is exactly a Llama with SubLN, so that any `transformers` can load the result.
+A conversion is first planned (`plan_conversion`: the configuration of the result and what happens to which tensor) and then carried
+out: on a model in memory by `convert_model`, from directory to directory by `bitnet_arch.stream`.
+
+What a family looks like is said in `bitnet_arch.families`, never by a model's name. The result is a stock model wherever stock
+`transformers` can express it: a Llama without biases with SubLN becomes `model_type: bitnet`, which is exactly that, and a model
+without added norms stays what it is. Everything else becomes a model in our own form, see `bitnet_arch.modeling`.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitNetConfig, LlamaConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from bitnet_arch.bitlinear import BitLinear
-from bitnet_arch.configs import check_shape
+from bitnet_arch.configs import check_shape, quantization_block
 from bitnet_arch.errors import UserError
-from bitnet_arch.subln import NormInsertion, NormSite, measure_sites, plan_insertions
+from bitnet_arch.families import family_of, quantized_names
+from bitnet_arch.hadamard import block_size, rotate
+from bitnet_arch.modeling import Placement, TernaryForm, form_of, normed_layers, ternary_config
+from bitnet_arch.quant import Granularity, absmean_scale, expand_scale
+from bitnet_arch.shards import check_finite
+from bitnet_arch.subln import (
+    InputStatistics,
+    NormInsertion,
+    NormSite,
+    NormStatistics,
+    measure_inputs,
+    plan_insertions,
+    soften,
+)
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
@@ -27,28 +45,45 @@ class ConversionConfig:
     """What a conversion does.
 
     Attributes:
-        norm: "subln" inserts an RMSNorm before `o_proj` and `down_proj` (placement B of BitNet b1.58 2B4T); "none" keeps the
-            architecture and only makes its linear layers ternary.
+        norm: where RMSNorms are inserted. "subln": before `o_proj` and `down_proj` (placement B of BitNet b1.58 2B4T).
+            "allnorm": in every ternary layer (placement C of the released BitDistill code). "bitlinear": the same, in place of the
+            block's pre-norms, whose gains move into the layers (placement A of the b1.58 paper). "none" only makes linear layers
+            ternary.
         gain: initial gain of an inserted norm: "calibrated" measures it on calibration tokens (for pretrained weights), "one"
-            starts at 1 (for random weights).
+            starts at 1 (for random weights). Without effect where no norm is inserted.
         softness: with calibrated gains, the norms' effective epsilon as a multiple of the largest mean square seen in
-            calibration; 0 inserts a plain norm, large values approach the identity. See `bitnet_arch.subln`.
+            calibration; 0 inserts a plain norm, large values approach the identity. See `bitnet_arch.subln`. Without effect where
+            nothing is calibrated.
+        granularity: how many weights share a scale: "tensor", "row" or "group128".
+        rotation: rotate the inputs of `o_proj` and `down_proj` (BitNet v2), see `bitnet_arch.hadamard`.
 
-    With norm "none" neither gain nor softness has an effect, nor has softness with gain "one". Both always have a value here;
-    what a user sets in vain is refused where it can be told from a default, on the command line.
+    Raises:
+        UserError: for an unknown choice.
     """
 
-    norm: Literal["subln", "none"] = "subln"
+    norm: Placement = "subln"
     gain: Literal["calibrated", "one"] = "calibrated"
     softness: float = 0.1
+    granularity: Granularity = "tensor"
+    rotation: bool = False
 
     def __post_init__(self) -> None:
-        if self.norm not in ("subln", "none"):
-            raise UserError(f"unknown norm placement {self.norm!r}: choose subln or none")
+        if self.norm not in get_args(Placement):
+            raise UserError(f"unknown norm placement {self.norm!r}: choose {', '.join(get_args(Placement))}")
         if self.gain not in ("calibrated", "one"):
             raise UserError(f"unknown gain {self.gain!r}: choose calibrated or one")
         if not 0.0 <= self.softness < float("inf"):
             raise UserError(f"softness must be a finite number of at least 0, not {self.softness}")
+        self.form()
+
+    def form(self) -> TernaryForm:
+        """Return the form of the converted model's layers."""
+        return TernaryForm(norm=self.norm, granularity=self.granularity, rotation=self.rotation)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration tokens are needed."""
+        return self.norm != "none" and self.gain == "calibrated"
 
 
 def convert_model(
@@ -61,34 +96,241 @@ def convert_model(
     The result shares the parameter tensors of `model`, which must not be used afterwards. Embeddings and head stay float.
 
     Args:
-        model: a `LlamaForCausalLM` without biases, tied or untied; with norm "none" also one with biases, a Qwen2 or a Qwen3.
+        model: a decoder of a family in `bitnet_arch.families`, tied or untied.
         config: what to do; the default inserts calibrated SubLN.
         calibration: token ids, each int64 `[batch, time]`; needed when norms are inserted with calibrated gains.
 
     Returns:
-        A `BitNetForCausalLM` (norm "subln") or the same class as `model` (norm "none"), λ = 1, in `model`'s train/eval mode.
+        λ = 1, in `model`'s train/eval mode. A `BitNetForCausalLM` for a plain SubLN'd Llama, the same class as `model` where only
+        the layers become ternary, else a `Ternary...ForCausalLM`.
 
     Raises:
-        UserError: for a family that cannot be expressed, a model that is ternary already, or missing calibration tokens.
+        UserError: for a family that is not known, a model that is ternary already, or missing calibration tokens.
     """
     config = config or ConversionConfig()
     if any(isinstance(module, BitLinear) for module in model.modules()):
         raise UserError("the model is converted already: its linear layers are BitLinear")
-    check_family(model.config, config.norm)
-    if config.norm == "none":
+    check_family(model.config, config)
+    if config.calibrates and calibration is None:
+        raise UserError("calibrated gains need calibration token ids: pass calibration=... or gain='one'")
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter.detach())
+    if config.form() == TernaryForm():
+        for name in quantized_names(model):
+            weight = model.get_parameter(f"{name}.weight")
+            weight.data = keep_ternary(weight.detach(), "tensor")
         return replace_linears(model)
-    target = FAMILIES.get(model.config.model_type, _refuse_family)(model.config)
-    sites = norm_sites(target.num_hidden_layers)
-    insertions: dict[str, NormInsertion] = {}
-    residual_scale = 1.0
-    if config.gain == "calibrated":
-        if calibration is None:
-            raise UserError("calibrated SubLN gains need calibration token ids: pass calibration=... or gain='one'")
-        was_training = model.training
-        statistics = measure_sites(model.eval(), sites, calibration)
-        model.train(was_training)
-        insertions, residual_scale = plan_insertions(statistics, target.rms_norm_eps, config.softness)
-    return replace_linears(_with_subln(model, target, sites, insertions, residual_scale))
+    rows = list(calibration or ()) if config.calibrates else []
+    was_training = model.training
+    model.eval()
+    plan = plan_conversion(model.config, config, _State(model.state_dict()), partial(measure_inputs, model, calibration=rows))
+    converted = carry_out(plan, model)
+    converted.train(was_training)
+    return converted
+
+
+def check_family(config: PreTrainedConfig, conversion: ConversionConfig | None = None) -> None:
+    """Raise `UserError` unless a model of this configuration can be converted in this way, and its sizes are possible."""
+    conversion = conversion or ConversionConfig()
+    family_of(config)
+    check_shape(config)
+    if config.model_type == "bitnet" and conversion.form() != TernaryForm():
+        raise UserError("a bitnet model has its norms already: convert it with norm='none', granularity='tensor' and no rotation")
+    if conversion.rotation:
+        widths = (config.intermediate_size, _attention_width(config))
+        if odd := [width for width in widths if block_size(width) == 1]:
+            raise UserError(f"a width of {odd[0]} is odd and cannot be rotated: convert without rotation")
+
+
+def _attention_width(config: PreTrainedConfig) -> int:
+    heads = config.num_attention_heads
+    return int(heads * (getattr(config, "head_dim", None) or config.hidden_size // heads))
+
+
+# ------------------------------------------------------------------------------------------------------------ planning
+
+
+class Source(Protocol):
+    """Where a conversion looks at the tensors of the float model."""
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        ...
+
+
+@dataclass(frozen=True)
+class _State:
+    tensors: dict[str, Tensor]
+
+    def get(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+
+Measure = Callable[[list[str]], dict[str, InputStatistics]]
+"""Maps names of layers to what calibration measured at their inputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionPlan:
+    """What a conversion does to a model's tensors.
+
+    Attributes:
+        target: the configuration of the result.
+        added: tensors that the source lacks.
+        dropped: tensors of the source that the result lacks.
+        edits: what happens to tensors, row by row: the first dimension may be cut into pieces.
+        granularity: how many weights of a ternary layer share a scale.
+    """
+
+    target: PreTrainedConfig
+    added: dict[str, Tensor] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
+    edits: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    granularity: Granularity = "tensor"
+
+    def master(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the master weight that a ternary layer of the result has."""
+        return keep_ternary(self.edit(name, tensor), self.granularity)
+
+    def edit(self, name: str, tensor: Tensor) -> Tensor:
+        """Return what the result has in place of a tensor, or of some of its rows."""
+        return self.edits[name](tensor) if name in self.edits else tensor
+
+
+def plan_conversion(config: PreTrainedConfig, conversion: ConversionConfig, source: Source, measure: Measure) -> ConversionPlan:
+    """Plan a conversion.
+
+    Args:
+        config: of the float model; see `check_family`.
+        conversion: what to do.
+        source: the model's tensors.
+        measure: called at most once, and only if the conversion calibrates.
+
+    Raises:
+        UserError: if calibration meets activations that are not finite.
+    """
+    if conversion.form() == TernaryForm():
+        return ConversionPlan(target=config)
+    plan = _plan_bitnet if _is_stock_bitnet(config, conversion) else _plan_form
+    return plan(config, conversion, source, partial(_finite_statistics, measure))
+
+
+def _finite_statistics(measure: Measure, names: list[str]) -> dict[str, InputStatistics]:
+    statistics = measure(names)
+    for name, found in statistics.items():
+        if not found.maximum < float("inf"):  # NaN is not below it, either
+            raise UserError(f"the input of {name} is not finite on the calibration tokens: this model cannot be calibrated")
+    return statistics
+
+
+def keep_ternary(weight: Tensor, granularity: Granularity) -> Tensor:
+    """Return a master weight whose quantisation is the weight itself, if that is ternary already; else the weight.
+
+    A ternary model that was stored dequantised holds only -s, 0 and s. Its absmean is not s but s times the share of nonzero
+    weights, so that quantising it again would shrink every layer's output by that share. Scaled up, it comes out as it was.
+
+    Args:
+        weight: `[out, in]`, floating point.
+        granularity: of the layer.
+    """
+    if not _is_ternary(weight[:1]) or not _is_ternary(weight) or not weight.any():  # a row tells nearly every float matrix
+        return weight
+    largest = weight.abs().max()
+    factor = largest.float() / absmean_scale(weight, granularity)
+    return (weight.float() * expand_scale(factor, weight.shape[1])).to(weight.dtype)
+
+
+def _is_ternary(weight: Tensor) -> bool:
+    magnitude = weight.abs()
+    return bool(((magnitude == magnitude.max()) | (magnitude == 0)).all())
+
+
+def _plan_form(config: PreTrainedConfig, conversion: ConversionConfig, source: Source, measure: Measure) -> ConversionPlan:
+    family, form, eps = family_of(config), conversion.form(), config.rms_norm_eps
+    moved = {reader: norm for norm, readers in family.pre_norms.items() for reader in readers} if form.norm == "bitlinear" else {}
+    inserted = [name for name in normed_layers(family, form.norm) if name not in moved]
+    blocks = [f"{family.blocks}.{i}" for i in range(config.num_hidden_layers)]
+    sites = [f"{block}.{name}" for block in blocks for name in inserted]
+    statistics = measure(sites) if conversion.calibrates else {}
+    added: dict[str, Tensor] = {}
+    for site in sites:
+        gain, own_eps = _gain(statistics.get(site), eps, conversion.softness)
+        added |= _norm_state(site, torch.full((source.shape(f"{site}.weight")[1],), gain), own_eps)
+    for block in blocks:
+        for name, norm in moved.items():
+            # In the norm's own arithmetic: Gemma multiplies by 1 + weight.
+            added |= _norm_state(f"{block}.{name}", source.get(f"{block}.{norm}.weight").float() + family.norm_offset, eps)
+    return ConversionPlan(
+        target=ternary_config(config, form),
+        added=added,
+        dropped=frozenset(f"{block}.{norm}.weight" for block in blocks for norm in moved.values()),
+        edits={f"{block}.{name}.weight": rotate for block in blocks for name in family.mixing} if form.rotation else {},
+        granularity=form.granularity,
+    )
+
+
+def _gain(statistics: InputStatistics | None, eps: float, softness: float) -> tuple[float, float]:
+    return (1.0, eps) if statistics is None else soften(statistics, eps, softness)
+
+
+def _norm_state(layer: str, weight: Tensor, eps: float) -> dict[str, Tensor]:
+    return {f"{layer}.in_norm.weight": weight, f"{layer}.in_norm.eps": torch.tensor(eps)}
+
+
+# -------------------------------------------------------------------------------------------------------- carrying out
+
+
+@torch.no_grad()
+def carry_out(plan: ConversionPlan, model: PreTrainedModel) -> PreTrainedModel:
+    """Convert a model in memory; the result shares what the plan leaves as it is."""
+    state = {name: plan.edit(name, tensor) for name, tensor in model.state_dict().items() if name not in plan.dropped}
+    for layer in quantized_names(model):
+        state[f"{layer}.weight"] = keep_ternary(state[f"{layer}.weight"], plan.granularity)
+    if model.config.tie_word_embeddings:
+        family = family_of(model.config)
+        state[f"{family.head}.weight"] = state[f"{family.embedding}.weight"]
+    state |= plan.added
+    with torch.device("meta"):
+        converted: PreTrainedModel = AutoModelForCausalLM.from_config(plan.target)
+    return _assemble(with_layers(converted), state, model)
+
+
+def with_layers(converted: PreTrainedModel) -> PreTrainedModel:
+    """Make a model on the meta device ternary that is not by its class."""
+    return converted if form_of(converted.config) is not None else replace_linears(converted)
+
+
+def _assemble(converted: PreTrainedModel, state: dict[str, Tensor], source: PreTrainedModel) -> PreTrainedModel:
+    """Fill a model on the meta device; what no state dict holds (rotary frequencies, scales of embeddings) comes from `source`."""
+    for name, module in converted.named_modules():
+        if isinstance(module, BitLinear):
+            state[f"{name}.quant_lambda"] = torch.ones(())
+    converted.load_state_dict(state, assign=True)
+    for name, buffer in source.named_buffers():
+        if name not in state:
+            owner, _, short = name.rpartition(".")
+            setattr(converted.get_submodule(owner), short, buffer)
+    for parameter in converted.parameters():
+        parameter.requires_grad_(True)
+    converted.tie_weights()
+    converted.generation_config = source.generation_config
+    return converted
+
+
+# -------------------------------------------------------------------------------------------------- the stock bitnet
+
+
+def _is_stock_bitnet(config: PreTrainedConfig, conversion: ConversionConfig) -> bool:
+    if not isinstance(config, LlamaConfig) or conversion.form() != TernaryForm(norm="subln"):
+        return False
+    return not (config.attention_bias or config.mlp_bias) and _attention_width(config) == config.hidden_size
 
 
 def norm_sites(num_layers: int) -> list[NormSite]:
@@ -107,39 +349,21 @@ def is_quantized_linear(name: str) -> bool:
 
 
 def replace_linears(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace the seven linear layers of every block by `BitLinear`, in place, sharing parameters; return the model."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and is_quantized_linear(name):
-            model.set_submodule(name, BitLinear.from_linear(module).train(module.training))
+    """Replace the seven linear layers of every block by `BitLinear`, in place, sharing parameters; return the model.
+
+    The configuration says so from then on, so that `save_pretrained`, which other trainers call, loses nothing.
+    """
+    for name in quantized_names(model):
+        module = model.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        model.set_submodule(name, BitLinear.from_linear(module).train(module.training))
+    model.config.quantization_config = quantization_block("autobitlinear", "online")
     return model
 
 
-def check_family(config: PreTrainedConfig, norm: Literal["subln", "none"] = "subln") -> None:
-    """Raise `UserError` unless the configuration's family and sizes can be converted with this norm placement."""
-    check_shape(config)
-    if norm == "none" and config.model_type in PLAIN_FAMILIES:
-        return
-    if norm == "subln" and config.model_type in PLAIN_FAMILIES and config.model_type not in FAMILIES:
-        raise UserError(f"no stock architecture holds SubLN in model_type {config.model_type!r}: use norm='none'")
-    FAMILIES.get(config.model_type, _refuse_family)(config)
-
-
-def bitnet_config_from_llama(config: PreTrainedConfig) -> BitNetConfig:
-    """Return the stock BitNet configuration of a SubLN'd Llama.
-
-    Raises:
-        UserError: if the Llama has what `bitnet` cannot express (biases, heads that do not fill the width).
-    """
-    assert isinstance(config, LlamaConfig)
+def bitnet_config_from_llama(config: LlamaConfig) -> BitNetConfig:
+    """Return the stock BitNet configuration of a SubLN'd Llama without biases whose heads fill its width."""
     heads = config.num_attention_heads
-    head_dim = config.head_dim or config.hidden_size // heads
-    if config.attention_bias or config.mlp_bias:
-        raise UserError("this Llama has biases, which the stock bitnet architecture cannot hold: use norm='none'")
-    if heads * head_dim != config.hidden_size:
-        raise UserError(
-            f"{heads} heads of {head_dim} do not fill the width {config.hidden_size}, as the stock bitnet architecture "
-            "needs: use norm='none'"
-        )
     return BitNetConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -162,49 +386,30 @@ def bitnet_config_from_llama(config: PreTrainedConfig) -> BitNetConfig:
     )
 
 
-FAMILIES: dict[str, Callable[[PreTrainedConfig], BitNetConfig]] = {"llama": bitnet_config_from_llama}
-"""Maps a `model_type` to the function that describes its SubLN'd form."""
-
-PLAIN_FAMILIES = frozenset({"llama", "qwen2", "qwen3"})
-"""Families whose blocks consist of the seven linear layers, which norm "none" makes ternary without touching the architecture."""
-
-
-def _refuse_family(config: PreTrainedConfig) -> BitNetConfig:
-    raise UserError(
-        f"model_type {config.model_type!r} cannot be converted: the known families are {', '.join(sorted(PLAIN_FAMILIES))}"
-    )
-
-
-def _with_subln(
-    model: PreTrainedModel,
-    target: BitNetConfig,
-    sites: list[NormSite],
-    insertions: dict[str, NormInsertion],
-    residual_scale: float,
-) -> PreTrainedModel:
-    assert isinstance(model, LlamaForCausalLM)
+def _plan_bitnet(config: PreTrainedConfig, conversion: ConversionConfig, source: Source, measure: Measure) -> ConversionPlan:
+    assert isinstance(config, LlamaConfig)
+    target = bitnet_config_from_llama(config)
+    sites = norm_sites(target.num_hidden_layers)
+    insertions: dict[str, NormInsertion] = {}
+    residual_scale = 1.0
+    if conversion.calibrates:
+        inputs = measure([site.consumer for site in sites])
+        statistics = {}
+        for site in sites:
+            found, producer = inputs[site.consumer], source.get(f"{site.producer}.weight")
+            statistics[site.norm] = NormStatistics(found.median, found.maximum, float(producer.detach().float().abs().mean()))
+        insertions, residual_scale = plan_insertions(statistics, target.rms_norm_eps, conversion.softness)
     target.rms_norm_eps *= residual_scale**2
-    with torch.device("meta"):
-        converted = BitNetForCausalLM(target)
-    state = model.state_dict()
-    reference = model.model.norm.weight
+    reference = source.get("model.norm.weight")
+    added: dict[str, Tensor] = {}
+    edits: dict[str, Callable[[Tensor], Tensor]] = {}
     for site in sites:
-        width = converted.get_submodule(site.norm).weight.shape
         insertion = insertions.get(site.norm, NormInsertion())
-        state[f"{site.norm}.weight"] = reference.new_full(width, insertion.gain)
+        added[f"{site.norm}.weight"] = reference.new_full(source.shape(f"{site.consumer}.weight")[1:], insertion.gain)
         if insertion.input_scale != 1.0:
-            state[f"{site.producer}.weight"] = state[f"{site.producer}.weight"] * insertion.input_scale
+            edits[f"{site.producer}.weight"] = partial(torch.mul, other=insertion.input_scale)
     if residual_scale != 1.0:
-        state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"] * residual_scale
+        edits["model.embed_tokens.weight"] = partial(torch.mul, other=residual_scale)
         if target.tie_word_embeddings:
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
-            state["model.norm.weight"] = state["model.norm.weight"] / residual_scale
-    converted.load_state_dict(state, assign=True)
-    for parameter in converted.parameters():
-        parameter.requires_grad_(True)
-    converted.tie_weights()
-    # Rotary frequencies are not in the state dict; both classes compute them by the same formula.
-    converted.model.rotary_emb = model.model.rotary_emb
-    converted.generation_config = model.generation_config
-    converted.train(model.training)
-    return converted
+            edits["model.norm.weight"] = partial(torch.mul, other=1.0 / residual_scale)  # a power of two: exact
+    return ConversionPlan(target=target, added=added, edits=edits)

@@ -7,10 +7,11 @@ agree with stock models bit for bit.
 Statistics are computed in float32 whatever the input's dtype.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 EPS = 1e-5
 """Lower clamp of both scales, as in the reference code."""
@@ -19,16 +20,40 @@ ACTIVATION_LEVELS = 127
 """Largest magnitude of a symmetric 8-bit code."""
 
 
-def absmean_scale(weight: Tensor) -> Tensor:
-    """Return the per-tensor scale beta = max(mean |W|, 1e-5).
+Granularity = Literal["tensor", "row", "group128"]
+"""How many weights share a scale: the whole matrix, one output row, or 128 neighbours in a row (Bonsai)."""
+
+GROUP = 128
+
+
+def absmean_scale(weight: Tensor, granularity: Granularity = "tensor") -> Tensor:
+    """Return the scale beta = max(mean |W|, 1e-5) of each group of weights that shares one.
 
     Args:
-        weight: any shape, floating point.
+        weight: any shape for "tensor", else `[out, in]`; floating point.
+        granularity: "tensor", "row" or "group128" (the last group of a row may be shorter).
 
     Returns:
-        A 0-dim float32 tensor; it multiplies codes to dequantise.
+        float32, 0-dim, `[out, 1]` or `[out, ceil(in / 128)]`; it multiplies codes to dequantise, see `expand_scale`.
     """
-    return weight.float().abs().mean().clamp(min=EPS)
+    magnitude = weight.float().abs()
+    if granularity == "tensor":
+        return magnitude.mean().clamp(min=EPS)
+    if granularity == "row":
+        return magnitude.mean(dim=1, keepdim=True).clamp(min=EPS)
+    rows, columns = weight.shape
+    groups = -(-columns // GROUP)
+    sums = F.pad(magnitude, (0, groups * GROUP - columns)).view(rows, groups, GROUP).sum(dim=2)
+    sizes = torch.full((groups,), GROUP, device=weight.device)
+    sizes[-1] = columns - (groups - 1) * GROUP
+    return (sums / sizes).clamp(min=EPS)
+
+
+def expand_scale(scale: Tensor, columns: int) -> Tensor:
+    """Return a scale of `absmean_scale` in a shape that broadcasts against its matrix of that many columns."""
+    if scale.ndim < 2 or scale.shape[1] == 1:
+        return scale
+    return scale.repeat_interleave(GROUP, dim=1)[:, :columns]
 
 
 def ternary_codes(weight: Tensor, scale: Tensor) -> Tensor:
@@ -36,16 +61,18 @@ def ternary_codes(weight: Tensor, scale: Tensor) -> Tensor:
     return _ternary(weight, scale).to(torch.int8)
 
 
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor, granularity: Granularity = "tensor") -> tuple[Tensor, Tensor]:
     """Quantise a weight matrix to ternary codes.
 
     Args:
-        weight: any shape, floating point.
+        weight: as in `absmean_scale`.
+        granularity: how many weights share a scale.
 
     Returns:
-        `(codes, scale)`: int8 of the same shape in {-1, 0, 1} and a 0-dim float32; the weight is about `codes * scale`.
+        `(codes, scale)`: int8 of the same shape in {-1, 0, 1} and the scale; the weight is about
+        `codes * expand_scale(scale, in)`.
     """
-    scale = absmean_scale(weight)
+    scale = absmean_scale(weight, granularity)
     return ternary_codes(weight, scale), scale
 
 
@@ -62,11 +89,11 @@ def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
     return _activation_codes(x, inverse).to(torch.int8), inverse.reciprocal()
 
 
-def fake_quant_weight(weight: Tensor) -> Tensor:
+def fake_quant_weight(weight: Tensor, granularity: Granularity = "tensor") -> Tensor:
     """Return `codes * scale` in the weight's dtype, with the straight-through gradient (identity, no clipping mask)."""
     with torch.no_grad():
-        scale = absmean_scale(weight)
-        quantized = _ternary(weight, scale).mul_(scale).to(weight.dtype)
+        scale = absmean_scale(weight, granularity)
+        quantized = _ternary(weight, scale).mul_(expand_scale(scale, weight.shape[-1])).to(weight.dtype)
     return _straight_through(weight, quantized)
 
 
@@ -99,17 +126,23 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
+
+class _ForwardStraightThrough(_StraightThrough):
+    """The same with a forward-mode derivative, which torch.compile cannot trace."""
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         return tangent.view_as(tangent)
 
 
 def _straight_through(x: Tensor, quantized: Tensor) -> Tensor:
-    return _StraightThrough.apply(x, quantized) if x.requires_grad else quantized  # type: ignore[no-untyped-call,no-any-return]
+    # Also where nothing requires a gradient: under `torch.func.jvp` tangents flow all the same.
+    function = _StraightThrough if torch.compiler.is_compiling() else _ForwardStraightThrough
+    return function.apply(x, quantized)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _ternary(weight: Tensor, scale: Tensor) -> Tensor:
-    return (weight.float() * scale.reciprocal()).round_().clamp_(-1, 1)
+    return (weight.float() * expand_scale(scale.reciprocal(), weight.shape[-1])).round_().clamp_(-1, 1)
 
 
 def _activation_inverse_scale(x: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ Figures are in docs/experiments.md.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +43,14 @@ class NormSite:
     producer: str
     norm: str
     consumer: str
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What calibration measured of a layer's input, over tokens: median and maximum of its mean square."""
+
+    median: float
+    maximum: float
 
 
 @dataclass(frozen=True)
@@ -81,32 +90,60 @@ class _MeanSquareRecorder:
 
 
 @torch.no_grad()
-def measure_sites(model: nn.Module, sites: Iterable[NormSite], calibration: Iterable[Tensor]) -> dict[str, NormStatistics]:
-    """Measure every site on the unmodified model.
+def measure_inputs(model: nn.Module, layers: Iterable[str], calibration: Iterable[Tensor]) -> dict[str, InputStatistics]:
+    """Measure what goes into layers of the unmodified model.
 
     Args:
         model: the float model before conversion, in evaluation mode.
-        sites: where norms will be inserted.
+        layers: dotted names.
         calibration: token ids, each int64 `[batch, time]`; a few thousand tokens suffice.
 
     Returns:
-        Norm name to statistics.
+        Layer name to statistics.
     """
-    sites = list(sites)
-    recorders = {site.norm: _MeanSquareRecorder() for site in sites}
-    handles = [model.get_submodule(s.consumer).register_forward_pre_hook(recorders[s.norm]) for s in sites]
-    try:
+    with recording(model, layers) as found:
         for ids in calibration:
             model(input_ids=ids, use_cache=False)
+    return found
+
+
+@contextmanager
+def recording(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, InputStatistics]]:
+    """Record what goes into layers while the model runs.
+
+    Args:
+        model: the model, or a part of it.
+        layers: dotted names in it.
+
+    Yields:
+        Layer name to statistics over all tokens seen, filled in when the block ends.
+    """
+    recorders = {name: _MeanSquareRecorder() for name in layers}
+    handles = [model.get_submodule(name).register_forward_pre_hook(recorder) for name, recorder in recorders.items()]
+    found: dict[str, InputStatistics] = {}
+    try:
+        yield found
     finally:
         for handle in handles:
             handle.remove()
-    found = {}
-    for site in sites:
-        mean_square = torch.cat(recorders[site.norm].values)
-        producer_weight = float(model.get_parameter(f"{site.producer}.weight").float().abs().mean())
-        found[site.norm] = NormStatistics(float(mean_square.median()), float(mean_square.max()), producer_weight)
-    return found
+    for name, recorder in recorders.items():
+        mean_square = torch.cat(recorder.values)
+        found[name] = InputStatistics(float(mean_square.median()), float(mean_square.max()))
+
+
+def soften(statistics: InputStatistics, norm_eps: float, softness: float) -> tuple[float, float]:
+    """Decide gain and epsilon of a norm that has an epsilon of its own.
+
+    Args:
+        statistics: of the layer's input.
+        norm_eps: smallest epsilon.
+        softness: epsilon as a multiple of the largest mean square seen; 0 gives a plain norm.
+
+    Returns:
+        `(gain, eps)`: the median token passes unchanged.
+    """
+    eps = max(softness * statistics.maximum, norm_eps)
+    return math.sqrt(statistics.median + eps), eps
 
 
 def plan_insertions(
@@ -115,7 +152,7 @@ def plan_insertions(
     """Decide gains and scales.
 
     Args:
-        statistics: from `measure_sites`.
+        statistics: by norm name.
         norm_eps: the model's ε.
         softness: the effective ε as a multiple of the largest mean square seen at a site; 0 gives plain norms.
 

@@ -73,9 +73,8 @@ def build_start(config: RunConfig, saved_tokenizer: str | None = None) -> Start:
     if config.training.learning_rate_fp is not None:
         raise UserError("training.learning_rate_fp has no effect: a converted model is compared with its original, as it is")
     conversion = config.model.conversion()
-    check_family(load_config(source.path), conversion.norm)
-    calibrates = conversion.norm == "subln" and conversion.gain == "calibrated"
-    rows = list(calibration_rows(config.data, tokenizer)) if calibrates else None
+    check_family(load_config(source.path), conversion)
+    rows = list(calibration_rows(config.data, tokenizer)) if conversion.calibrates else None
     model = convert_model(load_float_model(source), conversion, rows)
     return Start(model, tokenizer, source.note, source.provenance, source.path)
 

@@ -1,135 +1,203 @@
 """What a GGUF file of a model directory must hold: its tensors, their encoding and its metadata."""
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from bitnet_arch.checkpoint import WeightReader, read_provenance, skeleton
-from bitnet_arch.convert import is_quantized_linear
+from bitnet_arch.checkpoint import WeightReader, read_provenance
 from bitnet_arch.errors import UserError
+from bitnet_arch.families import base_type, family_of, quantized_names
+from bitnet_arch.gguf.architectures import BITNET, check_architecture, model_keys
+from bitnet_arch.gguf.floats import EMBEDDING_TYPES, PLAIN, bf16_bytes, encode_float, tensor_bytes
+from bitnet_arch.gguf.names import LAYER_NAMES, gguf_name, interleave, rotary_heads
+from bitnet_arch.gguf.rope import FACTORS, head_width, llama3_factors, rope_of
 from bitnet_arch.gguf.tokenizer import read_tokenizer
-from bitnet_arch.gguf.types import BY_ID, F16, F32, TYPES, choose_type, f16_scale
+from bitnet_arch.gguf.types import BF16, BY_ID, F16, F32, I2_S, TYPES, choose_type, encode_i2_s, f16_scales
+from bitnet_arch.modeling import form_of
+from bitnet_arch.quant import GROUP, Granularity
 
-ARCHITECTURE = "bitnet"
+__all__ = [
+    "BITNET",
+    "LAYER_NAMES",
+    "PROVENANCE_KEY",
+    "TensorPlan",
+    "check_architecture",
+    "encode",
+    "expected_metadata",
+    "plan_tensors",
+]
+
 PROVENANCE_KEY = "wrinklefree.provenance"
-
-LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.attn_sub_norm": "attn_sub_norm",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.ffn_sub_norm": "ffn_sub_norm",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor to write: its name in the checkpoint and in the file, its shape and its ggml type."""
+    """One tensor to write.
+
+    Attributes:
+        source: its name in the checkpoint.
+        name: its name in the file.
+        shape: its shape, row-major.
+        ggml_id: its type.
+        part: "float" for what is not ternary; "ternary" for a matrix with its scale; "codes" and "scale" for a matrix whose type
+            cannot hold its scales, which are a tensor of their own, `.scale`; "rope" for the factors of rotary frequencies.
+        heads: how many heads' rows are reordered, see `bitnet_arch.gguf.names.rotary_heads`.
+        offset: added to float values (Gemma's norms).
+    """
 
     source: str
     name: str
     shape: tuple[int, ...]
     ggml_id: int
+    part: Literal["float", "ternary", "codes", "scale", "rope"] = "float"
+    heads: int = 0
+    offset: float = 0.0
 
 
-def check_architecture(reader: WeightReader) -> None:
-    """Raise `UserError` unless llama.cpp's `bitnet` computes what the directory's model does, and the directory is complete."""
-    config, where = reader.model_config, reader.directory
-    if config.model_type != "bitnet":
-        raise UserError(f"{where} is a {config.model_type!r}: only a SubLN'd model (model_type bitnet) can be exported yet")
-    if config.hidden_act != "silu":
-        raise UserError(f"{where} uses {config.hidden_act}, but llama.cpp's bitnet computes SiLU: no stock engine runs it")
-    if not config.tie_word_embeddings:
-        raise UserError(f"{where} has an untied head, which llama.cpp's bitnet cannot hold: tie the embeddings")
-    if config.attention_bias:
-        raise UserError(f"{where} has attention biases, which llama.cpp's bitnet cannot hold")
-    if config.rope_parameters.get("rope_type", "default") != "default":
-        raise UserError(f"{where} scales its rotary positions, which llama.cpp's bitnet cannot hold")
-    if reader.form == "float":
-        raise UserError(f"{where} is not ternary: convert and train it first")
-    skeleton(reader)
+def plan_tensors(reader: WeightReader, requested: str, architecture: str = BITNET, embedding: str = "f16") -> Iterator[TensorPlan]:
+    """Yield the tensors of a file whose quantised matrices have the type `requested` (or "auto").
+
+    Scales are where the type has room for them: TQ1_0 and TQ2_0 blocks of 256 and Q2_0 blocks of 64 hold the scale of a tensor or a
+    row, Q2_0 blocks that of a group of 128, too; I2_S holds a tensor's. "auto" takes what has room, because a block's f16 needs no
+    other code in an engine. Asked for by name, the other types get scales of 1 and a float32 tensor `.scale`.
+
+    Args:
+        reader: the directory.
+        requested: type of the quantised matrices.
+        architecture: `general.architecture`.
+        embedding: type of embeddings and head.
+
+    Raises:
+        UserError: for an unknown type, or a width that a type cannot have.
+    """
+    if embedding not in EMBEDDING_TYPES:
+        raise UserError(f"unknown type {embedding!r} of embeddings: choose {', '.join(EMBEDDING_TYPES)}")
+    config = reader.model_config
+    family, kind = family_of(config), base_type(config)
+    model = _unpacked_skeleton(config)
+    matrices = {f"{name}.weight" for name in quantized_names(model)}
+    tensors = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    tensors |= {name: (1,) for name, _ in model.named_buffers() if name.endswith(".in_norm.eps")}
+    for source, shape in tensors.items():
+        if source not in reader and source.endswith(".bias"):  # some packed checkpoints have none
+            continue
+        stored = reader.shape(source)
+        if (stored or (1,)) != shape:
+            raise UserError(f"{reader.directory}: tensor {source!r} is {list(stored)}, but config.json asks for {list(shape)}")
+        name = gguf_name(kind, source)
+        heads = rotary_heads(config, source) if architecture == "llama" else 0
+        if source in matrices:
+            yield from _matrix_plans(reader.granularity, TensorPlan(source, name, shape, F32, heads=heads), requested)
+            continue
+        ggml_id = EMBEDDING_TYPES[embedding] if name in ("token_embd.weight", "output.weight") else F32
+        if tensor_bytes(ggml_id, shape) is None:
+            raise UserError(f"{name} has rows of {shape[-1]}, which {embedding.upper()} cannot have: choose f16 or q8_0")
+        gain = source.endswith("norm.weight") and ".in_norm." not in source
+        yield TensorPlan(source, name, shape, ggml_id, heads=heads, offset=family.norm_offset if gain else 0.0)
+    if rope_of(config).get("rope_type") == "llama3":
+        yield TensorPlan("rope_parameters", FACTORS, (head_width(config) // 2,), F32, "rope")
 
 
-def plan_tensors(reader: WeightReader, requested: str) -> Iterator[TensorPlan]:
-    """Yield the tensors of a file whose quantised matrices have the type `requested` (or "auto")."""
-    yield TensorPlan("model.embed_tokens.weight", "token_embd.weight", reader.shape("model.embed_tokens.weight"), F16)
-    yield TensorPlan("model.norm.weight", "output_norm.weight", reader.shape("model.norm.weight"), F32)
-    for layer in range(reader.model_config.num_hidden_layers):
-        for module, short in LAYER_NAMES.items():
-            source, name = f"model.layers.{layer}.{module}.weight", f"blk.{layer}.{short}.weight"
-            shape = reader.shape(source)
-            ggml_id = F32
-            if is_quantized_linear(module):
-                chosen = choose_type(requested, shape[1], name)
-                ggml_id = F16 if chosen == "f16" else TYPES[chosen].ggml_id
-            yield TensorPlan(source, name, shape, ggml_id)
+def _matrix_plans(granularity: Granularity, base: TensorPlan, requested: str) -> Iterator[TensorPlan]:
+    rows, columns = base.shape
+    chosen = choose_type(requested, columns, base.name, (64,) if granularity == "group128" else (256, 64))
+    ggml_id = {"f16": F16, "bf16": BF16, "i2_s": I2_S}.get(chosen) or TYPES[chosen].ggml_id
+    fits = {
+        "tensor": True,
+        "row": ggml_id != I2_S,
+        "group128": ggml_id in (F16, BF16, TYPES["q2_0"].ggml_id),
+    }[granularity]
+    yield replace(base, ggml_id=ggml_id, part="ternary" if fits else "codes")
+    if not fits:
+        groups = 1 if granularity == "row" else -(-columns // GROUP)
+        yield replace(base, name=base.name.removesuffix("weight") + "scale", shape=(rows, groups), part="scale")
+
+
+def _unpacked_skeleton(config: Any) -> PreTrainedModel:
+    """Return the model on the meta device with float matrices, whatever the directory holds."""
+    config = copy.deepcopy(config)
+    if (form := form_of(config)) is not None:
+        config.ternary = asdict(replace(form, packed=False))
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def encode(reader: WeightReader, plan: TensorPlan) -> NDArray[Any]:
-    """Return a tensor's data as the file holds it: float array, or bytes `[rows, row_bytes]`."""
-    if is_quantized_linear(plan.source.removesuffix(".weight")):
-        codes, scale = reader.ternary(plan.source)
-        rounded = f16_scale(float(scale), plan.name)
-        if plan.ggml_id == F16:
-            return codes.numpy().astype(np.float16) * rounded
-        return BY_ID[plan.ggml_id].encode(codes.numpy(), rounded)
-    dtype = torch.float16 if plan.ggml_id == F16 else torch.float32
-    values: NDArray[Any] = reader.get(plan.source).to(dtype).contiguous().numpy()
-    if not np.isfinite(values).all():
+    """Return a tensor's data as the file holds it: float array, or bytes.
+
+    Raises:
+        UserError: if a value or a scale cannot be held.
+    """
+    if plan.part == "rope":
+        return llama3_factors(rope_of(reader.model_config), head_width(reader.model_config))
+    if plan.part != "float":
+        return _encode_matrix(reader, plan)
+    values: NDArray[np.float32] = reader.get(plan.source).float().reshape(plan.shape).contiguous().numpy()
+    data = encode_float(interleave(values, plan.heads) + np.float32(plan.offset), plan.ggml_id)
+    if not np.isfinite(data if plan.ggml_id in PLAIN else values).all():
         raise UserError(f"{plan.source} holds values that f16 or f32 cannot: the checkpoint is damaged or out of range")
-    return values
+    return data
+
+
+def _encode_matrix(reader: WeightReader, plan: TensorPlan) -> NDArray[Any]:
+    codes, scales = stored_matrix(reader, plan)
+    if plan.part == "scale":
+        return scales
+    if plan.part == "codes":
+        scales = np.ones((1, 1), np.float32)
+    if plan.ggml_id == I2_S:
+        return encode_i2_s(codes, scales[0, 0])
+    if plan.ggml_id == BF16:
+        return bf16_bytes(codes * _expand(scales, codes.shape[1], 1))
+    rounded = f16_scales(scales, plan.name)
+    if plan.ggml_id == F16:
+        halves: NDArray[np.float16] = codes.astype(np.float16) * _expand(rounded, codes.shape[1], 1)
+        return halves
+    kind = BY_ID[plan.ggml_id]
+    return kind.encode(codes, _expand(rounded, codes.shape[1], kind.block))
+
+
+def stored_matrix(reader: WeightReader, plan: TensorPlan) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Return a matrix's codes `[rows, columns]` and scales `[1, 1]`, `[rows, 1]` or `[rows, groups]`, rows as in the file."""
+    codes, scale = reader.ternary(plan.source)
+    scales: NDArray[np.float32] = scale.float().numpy()
+    if not np.isfinite(scales).all():
+        raise UserError(f"{plan.source} holds values that are no numbers: the checkpoint is damaged")
+    if scale.ndim != 2:
+        scales = scales.reshape(1, 1)
+    if len(scales) > 1:
+        scales = interleave(scales, plan.heads)
+    return interleave(codes.numpy(), plan.heads), scales
+
+
+def _expand(scales: NDArray[Any], columns: int, block: int) -> NDArray[Any]:
+    """Return one scale for each block of a row where there is one for each 128 columns; else the scales as they are."""
+    if scales.shape[1] == 1:
+        return scales
+    return np.repeat(scales, GROUP // block, axis=1)[:, : columns // block]
 
 
 def stored_bytes(plan: TensorPlan) -> int:
     """Return how many bytes a tensor takes in the file."""
-    elements = int(np.prod(plan.shape))
-    if plan.ggml_id in BY_ID:
-        return elements // BY_ID[plan.ggml_id].block * BY_ID[plan.ggml_id].block_bytes
-    return elements * (2 if plan.ggml_id == F16 else 4)
+    count = tensor_bytes(plan.ggml_id, plan.shape)
+    assert count is not None
+    return count
 
 
-def expected_metadata(reader: WeightReader) -> dict[str, Any]:
+def expected_metadata(reader: WeightReader, architecture: str = BITNET) -> dict[str, Any]:
     """Return the file's keys and values: int stands for uint32, float for float32, a list for an array."""
-    config: Any = reader.model_config
-    heads = config.num_attention_heads
-    tokenizer = read_tokenizer(reader.directory, config.vocab_size)
-    model = {
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
-        "rope.dimension_count": config.hidden_size // heads,
-        "vocab_size": config.vocab_size,
+    values: dict[str, Any] = {
+        f"{architecture}.{key}": value for key, value in model_keys(reader.model_config, architecture).items()
     }
-    words = {
-        "ggml.model": "gpt2",
-        "ggml.pre": tokenizer.pre,
-        "ggml.tokens": tokenizer.tokens,
-        "ggml.token_type": tokenizer.token_types,
-        "ggml.merges": tokenizer.merges,
-        "ggml.add_bos_token": tokenizer.add_bos,
-        "ggml.add_eos_token": tokenizer.add_eos,
-        "ggml.bos_token_id": tokenizer.bos_id,
-        "ggml.eos_token_id": tokenizer.eos_id,
-        "ggml.padding_token_id": tokenizer.pad_id,
-        "chat_template": tokenizer.chat_template or None,
-    }
-    values = {f"{ARCHITECTURE}.{key}": value for key, value in model.items()}
+    words = read_tokenizer(reader.directory, reader.model_config.vocab_size).keys()
     values |= {f"tokenizer.{key}": value for key, value in words.items()}
     values[PROVENANCE_KEY] = read_provenance(reader.directory)
     # An empty list has no type that GGUF could write: a tokenizer without merges has none.
-    return {"general.architecture": ARCHITECTURE} | {k: v for k, v in values.items() if v is not None and v != []}
+    return {"general.architecture": architecture} | {k: v for k, v in values.items() if v is not None and v != []}

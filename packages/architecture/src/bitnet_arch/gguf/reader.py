@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_arch.errors import UserError
-from bitnet_arch.gguf.types import BY_ID, PLAIN
+from bitnet_arch.gguf.floats import decode_float, tensor_bytes
+from bitnet_arch.gguf.types import BY_ID, I2_S, Codes, decode_i2_s
 
 MAX_ITEMS = 1 << 24
 MAX_DIMENSIONS = 4
@@ -38,6 +39,7 @@ class GgufFile:
         data: the file's bytes.
         keys_end: offset behind the last key and value, where the list of tensors begins.
         infos_end: offset behind the list of tensors.
+        tensors_start: offset of the first tensor's place, `infos_end` rounded up to the file's alignment.
     """
 
     path: Path
@@ -46,20 +48,40 @@ class GgufFile:
     data: NDArray[np.uint8]
     keys_end: int
     infos_end: int
+    tensors_start: int
 
     def raw(self, name: str) -> NDArray[np.uint8]:
-        """Return a tensor's bytes, `[rows, row_bytes]`."""
+        """Return a tensor's bytes, `[rows, row_bytes]`, or `[1, bytes]` for I2_S, whose scale belongs to no row."""
         info = self.tensors[name]
-        return self.data[info.offset : info.offset + info.nbytes].reshape(int(np.prod(info.shape[:-1])), -1)
+        rows = 1 if info.ggml_id == I2_S else int(np.prod(info.shape[:-1]))
+        return self.data[info.offset : info.offset + info.nbytes].reshape(rows, -1)
+
+    def ternary(self, name: str) -> tuple[Codes, NDArray[np.float32]]:
+        """Return a matrix of a ternary type as int8 codes in its shape and float32 scales `[rows, blocks]`, of I2_S `[1, 1]`.
+
+        A damaged file can hold the code 2 and scales that are no numbers.
+        """
+        info = self.tensors[name]
+        if info.ggml_id == I2_S:
+            codes, scale = decode_i2_s(self.raw(name)[0], info.shape)
+            return codes, np.full((1, 1), scale, np.float32)
+        codes, scales = BY_ID[info.ggml_id].decode(self.raw(name))
+        return codes.reshape(info.shape), scales.astype(np.float32)
 
     def dequantize(self, name: str) -> NDArray[np.float32]:
-        """Return a tensor as float32 in its shape."""
+        """Return a tensor as float32 in its shape.
+
+        Raises:
+            UserError: for a type that gguf-py cannot dequantise.
+        """
         info = self.tensors[name]
-        if info.ggml_id in PLAIN:
-            return np.ascontiguousarray(self.raw(name)).view(PLAIN[info.ggml_id]).astype(np.float32).reshape(info.shape)
-        kind = BY_ID[info.ggml_id]
-        codes, scales = kind.decode(self.raw(name))
-        return codes.astype(np.float32) * np.repeat(scales.astype(np.float32), kind.block, axis=1)
+        if info.ggml_id not in (*BY_ID, I2_S):
+            return decode_float(self.raw(name), info.ggml_id, info.shape)
+        codes, scales = self.ternary(name)
+        block = 1 if info.ggml_id == I2_S else BY_ID[info.ggml_id].block
+        rows = codes.reshape(-1, info.shape[-1]).astype(np.float32)
+        with np.errstate(all="ignore"):
+            return (rows * np.repeat(scales, block, axis=1)).reshape(info.shape)
 
 
 class _Cursor:
@@ -101,7 +123,7 @@ class _Cursor:
 
 
 def read_gguf(path: Path | str) -> GgufFile:
-    """Parse a GGUF file of the types that this library writes (F32, F16, TQ1_0, TQ2_0, Q2_0).
+    """Parse a GGUF file of the types that this library writes or gguf-py knows.
 
     Raises:
         UserError: if the file is missing, damaged, or holds other types.
@@ -127,7 +149,7 @@ def read_gguf(path: Path | str) -> GgufFile:
         if name in tensors or start + info.offset + info.nbytes > len(data):
             raise cursor.fail(f"tensor {name!r} is repeated or lies outside the file")
         tensors[name] = TensorInfo(info.shape, info.ggml_id, start + info.offset, info.nbytes)
-    return GgufFile(path, metadata, tensors, data, keys_end, cursor.at)
+    return GgufFile(path, metadata, tensors, data, keys_end, cursor.at, start)
 
 
 def _tensor_info(cursor: _Cursor) -> tuple[str, TensorInfo]:
@@ -136,15 +158,9 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, TensorInfo]:
         raise cursor.fail(f"tensor {name!r} has {dimensions} dimensions")
     shape = tuple(cursor.scalar("Q") for _ in range(dimensions))[::-1]
     ggml_id, offset = cursor.scalar("I"), cursor.scalar("Q")
-    elements = 1
-    for size in shape:
-        elements *= size
-    if ggml_id in PLAIN:
-        nbytes = elements * np.dtype(PLAIN[ggml_id]).itemsize
-    elif ggml_id in BY_ID and shape[-1] % BY_ID[ggml_id].block == 0:
-        nbytes = elements // BY_ID[ggml_id].block * BY_ID[ggml_id].block_bytes
-    else:
+    nbytes = tensor_bytes(ggml_id, shape)
+    if nbytes is None:
         raise cursor.fail(f"tensor {name!r} has type {ggml_id} and rows of {shape[-1]}")
-    if elements == 0 or nbytes > len(cursor.data):
+    if 0 in shape or nbytes > len(cursor.data):
         raise cursor.fail(f"tensor {name!r} is empty or larger than the file")
     return name, TensorInfo(shape, ggml_id, offset, nbytes)

@@ -1,8 +1,9 @@
-"""GGUF tensor types as pure functions on numpy arrays.
+"""GGUF's ternary tensor types as pure functions on numpy arrays.
 
-A ternary type stores codes in blocks along a row, each with the tensor's one scale in f16. The codes are made by absmean before
-packing: the packers of other tools take a block's absolute maximum as its scale, which turns a float matrix into garbage.
-Layouts: ggml's `ggml-common.h` and `ggml-quants.c`.
+A block type stores codes in blocks along a row, each with a scale in f16. The codes are made by absmean before packing: the packers
+of other tools take a block's absolute maximum as its scale, which turns a float matrix into garbage. I2_S has one scale a tensor.
+Layouts: ggml's `ggml-common.h` and `ggml-quants.c`; for I2_S those of bitnet.cpp. The types of other tensors are in
+`bitnet_arch.gguf.floats`.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ SMALLEST_NORMAL_F16 = 2.0**-14
 
 @dataclass(frozen=True)
 class TernaryType:
-    """One ternary block type.
+    """One ternary block type, which llama.cpp runs.
 
     Attributes:
         name: as on the command line.
@@ -41,8 +42,12 @@ class TernaryType:
     unpack: Callable[[Bytes], Codes]
     scale_first: bool
 
-    def encode(self, codes: Codes, scale: np.float16) -> Bytes:
+    def encode(self, codes: Codes, scale: np.float16 | NDArray[np.float16]) -> Bytes:
         """Return the bytes `[out, row_bytes]` of int8 codes `[out, in]`.
+
+        Args:
+            codes: in {-1, 0, 1}.
+            scale: one for the tensor, or a matrix that broadcasts to one a block, `[out, in / block]`.
 
         Raises:
             UserError: if the row width is not a multiple of the block.
@@ -54,7 +59,7 @@ class TernaryType:
                 "which picks an exact type for each tensor"
             )
         packed = self.pack(codes.reshape(-1, self.block))
-        scales = np.full((len(packed), 1), scale, np.float16).view(np.uint8)
+        scales = np.broadcast_to(np.float16(scale), (rows, width // self.block)).reshape(-1, 1).copy().view(np.uint8)
         parts = [scales, packed] if self.scale_first else [packed, scales]
         return np.ascontiguousarray(np.concatenate(parts, axis=1).reshape(rows, -1))
 
@@ -66,16 +71,67 @@ class TernaryType:
         return self.unpack(packed).reshape(len(data), -1), scales.reshape(len(data), -1)
 
 
-def f16_scale(scale: float, tensor: str) -> np.float16:
-    """Round a scale to f16.
+def f16_scales(scale: NDArray[np.float32], tensor: str) -> NDArray[np.float16]:
+    """Round scales to f16.
 
     Raises:
-        UserError: if it leaves f16's normal range, where rounding would no longer be harmless.
+        UserError: if one leaves f16's normal range, where rounding would no longer be harmless.
     """
-    rounded = np.float16(scale)
-    if not SMALLEST_NORMAL_F16 <= float(rounded) < np.inf:
-        raise UserError(f"{tensor} has scale {scale:.3g}, which f16 cannot hold: rescale the model's weights")
+    with np.errstate(over="ignore"):
+        rounded: NDArray[np.float16] = scale.astype(np.float16)
+    # A scale of NaN is none either.
+    if not np.all((rounded >= SMALLEST_NORMAL_F16) & (rounded < np.inf)):
+        worst = scale[~((rounded >= SMALLEST_NORMAL_F16) & (rounded < np.inf))].flat[0]
+        raise UserError(f"{tensor} has scale {worst:.3g}, which f16 cannot hold: rescale the model's weights")
     return rounded
+
+
+def f16_scale(scale: float, tensor: str) -> np.float16:
+    """Round one scale to f16 as `f16_scales` does."""
+    rounded: np.float16 = f16_scales(np.array([scale], np.float32), tensor)[0]
+    return rounded
+
+
+# ------------------------------------------------------------------------------------------------------------- I2_S
+
+I2_S = 36
+I2_S_BLOCK, I2_S_TAIL = 128, 32
+
+
+def encode_i2_s(codes: Codes, scale: np.float32) -> Bytes:
+    """Return a matrix as I2_S: bitnet.cpp's type of 2 bits a weight and one float32 scale a tensor. Not run in bitnet.cpp.
+
+    128 weights in 32 bytes: byte j holds w[j] in bits 7-6, w[j + 32] in 5-4, w[j + 64] in 3-2 and w[j + 96] in 1-0, as code + 1.
+    Behind the n / 4 code bytes are 32 more, of which the first four hold the scale and the rest is 0.
+
+    Args:
+        codes: int8 `[out, in]` in {-1, 0, 1}.
+        scale: multiplies them.
+
+    Returns:
+        uint8 `[n / 4 + 32]`.
+
+    Raises:
+        UserError: if the row width is not a multiple of 128. bitnet.cpp does not check this and computes garbage.
+    """
+    if codes.shape[1] % I2_S_BLOCK:
+        raise UserError(f"I2_S needs rows that are multiples of {I2_S_BLOCK}, not {codes.shape[1]}: use --type auto")
+    planes = (codes + 1).astype(np.uint8).reshape(-1, 4, 32)
+    packed = planes[:, 0] << 6 | planes[:, 1] << 4 | planes[:, 2] << 2 | planes[:, 3]
+    tail = np.zeros(I2_S_TAIL, np.uint8)
+    tail[:4] = np.array([scale], "<f4").view(np.uint8)
+    return np.concatenate([packed.reshape(-1), tail])
+
+
+def decode_i2_s(data: Bytes, shape: tuple[int, ...]) -> tuple[Codes, np.float32]:
+    """Return codes of a shape and the scale from what `encode_i2_s` returns; the bit pair 3 becomes 2, as in the other types."""
+    packed = data[:-I2_S_TAIL].reshape(-1, 32)
+    planes = np.stack([packed >> shift & 3 for shift in (6, 4, 2, 0)], axis=1)
+    (scale,) = np.ascontiguousarray(data[-I2_S_TAIL : -I2_S_TAIL + 4]).view("<f4")
+    return (planes.reshape(shape).astype(np.int8) - 1).astype(np.int8), np.float32(scale)
+
+
+# ------------------------------------------------------------------------------------------------------- block types
 
 
 def _pack_q2_0(codes: Codes) -> Bytes:
@@ -133,24 +189,37 @@ TYPES: dict[str, TernaryType] = {
     "tq2_0": TernaryType("tq2_0", 35, 256, 66, _pack_tq2_0, _unpack_tq2_0, scale_first=False),
     "q2_0": TernaryType("q2_0", 42, 64, 18, _pack_q2_0, _unpack_q2_0, scale_first=True),
 }
-F32, F16 = 0, 1
-PLAIN: dict[int, type[np.floating]] = {F32: np.float32, F16: np.float16}
 BY_ID = {kind.ggml_id: kind for kind in TYPES.values()}
+F32, F16, BF16 = 0, 1, 30
+MATRIX_TYPES = ("f16", "bf16", *TYPES, "i2_s")
+"""What a quantised matrix can be, by name."""
 
 
-def choose_type(requested: str, width: int, tensor: str) -> str:
+def matrix_block(name: str) -> int:
+    """Return what a row of a matrix of this type must be a multiple of."""
+    return I2_S_BLOCK if name == "i2_s" else TYPES[name].block if name in TYPES else 1
+
+
+def choose_type(requested: str, width: int, tensor: str, blocks: tuple[int, ...] = (256, 64)) -> str:
     """Return the type of one quantised matrix: what was asked for, or for "auto" the exact type for its width.
+
+    Args:
+        requested: "auto" or one of `MATRIX_TYPES`.
+        width: weights a row.
+        tensor: its name.
+        blocks: which block sizes "auto" may take: 256 (TQ2_0), 64 (Q2_0).
 
     Raises:
         UserError: for an unknown type, or a width that the type cannot have.
     """
     if requested == "auto":
-        requested = next((name for name in ("tq2_0", "q2_0") if width % TYPES[name].block == 0), "f16")
-    if requested not in ("f16", *TYPES):
-        raise UserError(f"unknown GGUF type {requested!r}: choose auto, f16, {', '.join(TYPES)}")
-    if requested != "f16" and width % TYPES[requested].block:
+        fitting = (name for name in ("tq2_0", "q2_0") if TYPES[name].block in blocks and width % TYPES[name].block == 0)
+        requested = next(fitting, "f16")
+    if requested not in MATRIX_TYPES:
+        raise UserError(f"unknown GGUF type {requested!r}: choose auto, {', '.join(MATRIX_TYPES)}")
+    if width % matrix_block(requested):
         raise UserError(
-            f"{tensor} has rows of {width}, but {requested.upper()} needs a multiple of {TYPES[requested].block}: "
+            f"{tensor} has rows of {width}, but {requested.upper()} needs a multiple of {matrix_block(requested)}: "
             "use --type auto, which picks an exact type for each tensor"
         )
     return requested

@@ -12,20 +12,15 @@ import numpy as np
 
 from bitnet_arch.checkpoint import WeightReader, open_weights
 from bitnet_arch.errors import UserError
-from bitnet_arch.gguf.plan import (
-    ARCHITECTURE,
-    TensorPlan,
-    check_architecture,
-    encode,
-    expected_metadata,
-    plan_tensors,
-    stored_bytes,
-)
-from bitnet_arch.gguf.types import BY_ID, F16, F32, TYPES
+from bitnet_arch.gguf.architectures import choose_architecture
+from bitnet_arch.gguf.floats import PLAIN, SIZES, TYPE_NAMES
+from bitnet_arch.gguf.plan import TensorPlan, encode, expected_metadata, plan_tensors, stored_bytes
+from bitnet_arch.gguf.types import I2_S
 from bitnet_arch.gguf.verify import file_differences
 
-# gguf-py does not know Q2_0 yet; with its size registered it writes the bytes it is given.
+# gguf-py does not know these yet; with sizes registered it writes the bytes it is given. I2_S has its tail by `stored_bytes`.
 gguf.GGML_QUANT_SIZES.setdefault(42, (64, 18))  # type: ignore[arg-type]
+gguf.GGML_QUANT_SIZES.setdefault(I2_S, (128, 32))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -50,35 +45,49 @@ class GgufReport:
 
 
 def export_gguf(
-    directory: Path | str, out: Path | str, kind: str = "auto", progress: Callable[[int, int], None] | None = None
+    directory: Path | str,
+    out: Path | str,
+    kind: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    architecture: str = "auto",
+    embedding: str = "f16",
 ) -> GgufReport:
-    """Export a SubLN'd model directory (master or packed) for llama.cpp's `bitnet` architecture.
+    """Export a ternary model directory (master or packed).
 
-    Weights become ternary by absmean before packing, with the scale rounded to f16, so every ternary type holds the same
-    numbers. The file is read back and compared byte for byte before it takes its name. This proves the file, not an engine: no
-    engine has run it.
+    Weights become ternary by absmean before packing, with the scales rounded to f16, so every ternary type holds the same numbers.
+    Two types round otherwise: BF16 to bf16, which moves a scale by up to 0.2%, and I2_S and scales in tensors of their own not at
+    all. The file is read back and compared byte for byte before it takes its name. This proves the file, not an engine: no engine
+    has run it.
 
     Args:
         directory: the model directory.
         out: the file to write.
-        kind: type of the quantised matrices: "auto" (TQ2_0 where a row divides by 256, else Q2_0), "f16", "tq1_0", "tq2_0", "q2_0".
+        kind: type of the quantised matrices: "auto" (TQ2_0 where a row divides by 256, else Q2_0; with a scale for every 128
+            weights Q2_0; where nothing fits F16), "f16", "bf16", "tq1_0", "tq2_0", "q2_0", or "i2_s" (only for bitnet.cpp, in which
+            nobody has run our files).
         progress: called with (tensors done, tensors in all).
+        architecture: "auto" takes the stock name (bitnet, llama, qwen2, qwen3, gemma3) if llama.cpp computes exactly this model
+            under it, else "wrinklefree", which only our runtime loads; or one of these names.
+        embedding: type of embeddings and head: "f16", "bf16", "q8_0", "q6_k" or "q4_1"; what each costs is in
+            `bitnet_arch.gguf.floats`.
 
     Raises:
         UserError: if the architecture cannot hold the model, a width cannot have the type, or writing fails.
     """
     out = Path(out)
     with open_weights(directory) as reader:
-        check_architecture(reader)
-        plans = list(plan_tensors(reader, kind))
+        architecture = choose_architecture(reader, architecture)
+        plans = list(plan_tensors(reader, kind, architecture, embedding))
+        metadata = expected_metadata(reader, architecture)
         temporary: Path | None = None
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
             os.close(handle)
             temporary = Path(name)
-            _write(reader, plans, temporary, progress)
-            if differences := file_differences(reader, temporary, plans):
+            _write(reader, plans, metadata, temporary, progress)
+            if differences := file_differences(reader, temporary, plans, architecture):
                 raise RuntimeError(f"{differences[0]} reads back differently from what was written")
             temporary.chmod(0o644)
             os.replace(temporary, out)
@@ -87,22 +96,26 @@ def export_gguf(
         finally:
             if temporary is not None:
                 temporary.unlink(missing_ok=True)
-    names = {F32: "f32", F16: "f16"} | {kind.ggml_id: kind.name for kind in TYPES.values()}
-    return GgufReport(str(out), ARCHITECTURE, {plan.name: names[plan.ggml_id] for plan in plans}, out.stat().st_size)
+    return GgufReport(str(out), architecture, {plan.name: TYPE_NAMES[plan.ggml_id] for plan in plans}, out.stat().st_size)
 
 
-def _write(reader: WeightReader, plans: list[TensorPlan], path: Path, progress: Callable[[int, int], None] | None) -> None:
-    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+def _write(
+    reader: WeightReader,
+    plans: list[TensorPlan],
+    metadata: dict[str, Any],
+    path: Path,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    writer = gguf.GGUFWriter(path, metadata["general.architecture"])
     try:
-        _write_metadata(writer, expected_metadata(reader))
+        _write_metadata(writer, metadata)
         for plan in plans:
-            if plan.ggml_id in BY_ID:
-                kind = BY_ID[plan.ggml_id]
-                byte_shape = (plan.shape[0], plan.shape[1] // kind.block * kind.block_bytes)
-                writer.add_tensor_info(plan.name, byte_shape, np.dtype(np.uint8), stored_bytes(plan), raw_dtype=kind.ggml_id)  # type: ignore[arg-type]
+            if plan.ggml_id in PLAIN:
+                writer.add_tensor_info(plan.name, plan.shape, np.dtype(PLAIN[plan.ggml_id]), stored_bytes(plan))  # type: ignore[arg-type]
             else:
-                dtype = np.dtype(np.float16 if plan.ggml_id == F16 else np.float32)
-                writer.add_tensor_info(plan.name, plan.shape, dtype, stored_bytes(plan))
+                block, block_bytes = SIZES.get(plan.ggml_id, (128, 32))
+                byte_shape = (*plan.shape[:-1], plan.shape[-1] // block * block_bytes)
+                writer.add_tensor_info(plan.name, byte_shape, np.dtype(np.uint8), stored_bytes(plan), raw_dtype=plan.ggml_id)  # type: ignore[arg-type]
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

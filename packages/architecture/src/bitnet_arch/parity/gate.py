@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 
 from bitnet_arch.checkpoint import WeightReader, load_tokenizer, open_weights
 from bitnet_arch.errors import UserError
+from bitnet_arch.gguf.floats import TYPE_NAMES
 from bitnet_arch.gguf.plan import check_architecture
 from bitnet_arch.gguf.reader import read_gguf
-from bitnet_arch.gguf.types import BY_ID, F16, F32
+from bitnet_arch.gguf.types import BY_ID
 from bitnet_arch.gguf.verify import file_differences
 from bitnet_arch.parity.forwards import FORWARDS, PERTURBATIONS, Forward
 from bitnet_arch.parity.layerwise import LayerDifference
@@ -153,8 +154,7 @@ def _engine_rows(engine: EngineInfo, ids: list[int], reader: WeightReader) -> ND
 
 def tensor_types(gguf_path: Path | str) -> dict[str, str]:
     """Return a file's tensor names and type names."""
-    names = {F32: "f32", F16: "f16"} | {kind.ggml_id: kind.name for kind in BY_ID.values()}
-    return {name: names[info.ggml_id] for name, info in read_gguf(gguf_path).tensors.items()}
+    return {name: TYPE_NAMES[info.ggml_id] for name, info in read_gguf(gguf_path).tensors.items()}
 
 
 def _report(gguf_path: Path | str, engine: EngineInfo, measured: _Measured, bounds: ParityBounds) -> ParityReport:

@@ -1,0 +1,157 @@
+"""A model card for a directory, with the metadata that the Hugging Face hub reads.
+
+Pushing is stock: `model.push_to_hub` of any model of ours, or `huggingface_hub.upload_folder` of a directory with its card.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from bitnet_arch.checkpoint import CARD_FILE, CARD_MARK, WeightReader, open_weights, read_provenance, skeleton
+from bitnet_arch.configs import read_json_object
+from bitnet_arch.errors import UserError
+from bitnet_arch.families import PREFIX, quantized_names
+from bitnet_arch.modeling import form_of
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?=\s|$)")
+STATUSES = ("proven", "unproven")
+PLACEMENTS = {
+    "none": "none added",
+    "subln": "before the layers that mix (SubLN)",
+    "bitlinear": "in every ternary layer, in place of the block's own",
+    "allnorm": "in every ternary layer, beside the block's own",
+}
+
+
+def write_model_card(directory: Path | str, *, license_id: str | None = None, parity: Path | str | None = None) -> Path:
+    """Write a model directory's `README.md`: YAML metadata and what its files say of the model, nothing else.
+
+    The base model is the hub id that the directory's provenance begins with, if it does.
+
+    Args:
+        directory: master or packed model directory; a card that this function wrote there before is replaced.
+        license_id: the weights' licence, such as "apache-2.0"; left out where it is not known.
+        parity: the `.parity.json` beside a GGUF file that was made of this directory.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        UserError: if the directory is no ternary model, somebody else wrote the card that is there, or the sidecar is damaged.
+    """
+    directory = Path(directory)
+    path = directory / CARD_FILE
+    if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{path} was written by somebody else: move it away first")
+    facts = _facts(directory) | ({} if parity is None else _parity(Path(parity)))
+    provenance = read_provenance(directory)
+    metadata = _metadata(directory, provenance, license_id, facts)
+    text = "\n".join(
+        [
+            "---",
+            ModelCardData(**metadata).to_yaml().rstrip(),
+            "---",
+            CARD_MARK,
+            "",
+            f"# {directory.resolve().name}",
+            "",
+            "A language model whose linear layers have ternary weights (-1, 0, +1 times a scale) and 8-bit activations.",
+            "",
+            *([f"Weights: {provenance}.", ""] if provenance else []),
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in facts.items()),
+            "",
+            "```python",
+            *(
+                ["import bitnet_arch  # its classes are not in stock transformers"]
+                if facts["architecture"].startswith("Ternary")
+                else []
+            ),
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("path/or/id")',
+            "```",
+            "",
+        ]
+    )
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"writing {path} failed ({error.strerror}): free some space or choose another directory") from None
+    return path
+
+
+def _metadata(directory: Path, provenance: str | None, license_id: str | None, facts: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["bitnet", "ternary", "1.58-bit", "wrinklefree"],
+        "bits_per_weight": facts["bits per weight, as stored"],
+    }
+    if provenance and (base := HUB_ID.match(provenance)):
+        found["base_model"] = base[0]
+    if license_id:
+        found["license"] = license_id
+    if "parity" in facts:
+        found["parity"] = facts["parity"].split()[0]
+    return found
+
+
+def _facts(directory: Path) -> dict[str, Any]:
+    """Return what a directory's files say of its model, by name."""
+    with open_weights(directory) as reader:
+        if reader.form == "float":
+            raise UserError(f"{directory} is a float model: convert it before it gets a card")
+        model = skeleton(reader)
+        layers = {f"{name}.weight" for name in quantized_names(model)}
+        stored = [name for name, _ in model.named_parameters()]
+        weights = {name: _count(reader.shape(name)) for name in {*stored, *layers}}
+        form = form_of(model.config)
+        ternary, total = sum(weights[name] for name in layers), sum(weights.values())
+        return {
+            "architecture": type(model).__name__,
+            "family": model.config.model_type.removeprefix(PREFIX),
+            "form": "2-bit codes" if reader.form == "packed" else "float master weights, made ternary in the forward pass",
+            "norms": PLACEMENTS[form.norm] if form else "of the stock architecture",
+            "a scale for": form.granularity if form else "tensor",
+            "rotation": "block Hadamard before the layers that mix" if form and form.rotation else "none",
+            "ternary weights": ternary,
+            "other weights": total - ternary,
+            "bits per weight, as stored": round(8 * _bytes(reader) / total, 3),
+            "bits per ternary weight, as stored": round(8 * _bytes(reader, layers) / ternary, 3),
+        }
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def _bytes(reader: WeightReader, weights: set[str] | None = None) -> int:
+    """Return the stored size of all tensors, or of some weights and their scales."""
+    names = reader.keys()
+    if weights is not None:
+        names = [name for name in names if name in weights or name.removesuffix("_scale") in weights]
+    return sum(reader.spec(name).nbytes for name in names)
+
+
+def _parity(path: Path) -> dict[str, str]:
+    """Return what a GGUF file's sidecar says, in one line."""
+    report = read_json_object(path)
+    status = report.get("status")
+    if status not in STATUSES:
+        raise UserError(f"{path} is no report of a GGUF export that holds (its status is {status!r:.40}): export again")
+    if status == "unproven":
+        return {"parity": f"unproven ({path.name.removesuffix('.parity.json')}: {report.get('reason')})"}
+    engine = f"{report.get('engine')} {report.get('engine_version')}"
+    return {"parity": f"proven ({path.name.removesuffix('.parity.json')}: {engine}, {report.get('positions')} positions)"}

@@ -1,0 +1,159 @@
+"""Model cards, and pushing to a hub: a loopback server that answers as the hub does and keeps what it gets."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from bitnet_arch import ConversionConfig, UserError, convert_model, load_model, save_master, save_packed
+from bitnet_arch.hub import write_model_card
+from bitnet_arch.testing import tiny_bitnet, tiny_llama
+from huggingface_hub import ModelCard
+
+PROVENANCE = "owner/tiny-model as packaged by somebody: a 4-bit copy"
+
+
+def own():
+    return convert_model(tiny_llama(hidden=64, ffn=128), ConversionConfig(norm="allnorm", gain="one", granularity="row"))
+
+
+@pytest.mark.parametrize("kind", ["stock", "own"])
+@pytest.mark.parametrize("save", [save_master, save_packed], ids=["master", "packed"])
+def test_a_card_says_what_the_files_say(save, kind, tmp_path):
+    model = tiny_bitnet(hidden=64, ffn=128) if kind == "stock" else own()
+    save(model, tmp_path / "m", provenance=PROVENANCE)
+    assert not (tmp_path / "m/README.md").exists()
+    report = {"status": "proven", "reason": "", "engine": "an-engine", "engine_version": "3", "positions": 1980}
+    (tmp_path / "m.gguf.parity.json").write_text(json.dumps(report))
+    path = write_model_card(tmp_path / "m", license_id="apache-2.0", parity=tmp_path / "m.gguf.parity.json")
+    card = ModelCard.load(path)  # the hub's own reader
+    data = card.data.to_dict()
+    assert (data["base_model"], data["license"], data["library_name"]) == ("owner/tiny-model", "apache-2.0", "transformers")
+    assert data["parity"] == "proven"
+    assert "ternary" in data["tags"]
+    assert PROVENANCE in card.text
+    assert "an-engine 3, 1980 positions" in card.text
+    assert ("import bitnet_arch" in card.text) == (kind == "own")
+    ternary = sum(m.weight.numel() for n, m in model.named_modules() if n.endswith("_proj"))
+    total = sum(p.numel() for p in model.parameters())
+    scales = sum(m.weight.shape[0] if kind == "own" else 1 for n, m in model.named_modules() if n.endswith("_proj"))
+    assert f"| ternary weights | {ternary} |" in card.text
+    stored = 32 * ternary if save is save_master else 2 * ternary + 32 * scales
+    stored += 32 * (total - ternary + (14 if kind == "own" else 0))  # a norm of our own keeps its epsilon
+    bits = stored / total
+    assert data["bits_per_weight"] == pytest.approx(bits, abs=1e-3)
+
+
+def test_a_card_claims_nothing_that_is_not_known(tmp_path):
+    save_packed(tiny_bitnet(hidden=64, ffn=128), tmp_path / "m")
+    text = write_model_card(tmp_path / "m").read_text()
+    for key in ("license", "base_model", "parity", "Weights:"):
+        assert key not in text
+    (tmp_path / "p.json").write_text(json.dumps({"status": "unproven", "reason": "no engine ran"}))
+    card = ModelCard.load(write_model_card(tmp_path / "m", parity=tmp_path / "p.json"))
+    assert card.data.to_dict()["parity"] == "unproven"
+    assert "no engine ran" in card.text
+    for content in ({"status": "failed"}, {}):
+        (tmp_path / "p.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match="is no report"):
+            write_model_card(tmp_path / "m", parity=tmp_path / "p.json")
+    save_packed(tiny_bitnet(hidden=64, ffn=128), tmp_path / "m")  # a directory with our card is still a model's
+    assert not (tmp_path / "m/README.md").exists()
+
+
+def test_a_card_of_somebody_else_is_left_alone(tmp_path):
+    save_packed(tiny_bitnet(hidden=64, ffn=128), tmp_path / "m")
+    (tmp_path / "m/README.md").write_text("# my model\n")
+    with pytest.raises(UserError, match="written by somebody else"):
+        write_model_card(tmp_path / "m")
+    with pytest.raises(UserError, match="not a model directory"):
+        save_packed(tiny_bitnet(hidden=64, ffn=128), tmp_path / "m")
+    assert (tmp_path / "m/README.md").read_text() == "# my model\n"
+    save_master(tiny_llama(hidden=64, ffn=128), tmp_path / "float")
+    with pytest.raises(UserError, match="is a float model"):
+        write_model_card(tmp_path / "float")
+
+
+# ------------------------------------------------------------------------------------------------------------ pushing
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers what `push_to_hub` asks: create, card (none yet), how to upload (in the commit), commit."""
+
+    files: dict[str, bytes]
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, value, status=200, **headers):
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        for name, header in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), header)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_HEAD(self):
+        self.answer({}, 404, X_Error_Code="EntryNotFound")
+
+    def do_GET(self):
+        self.answer({"error": "not found"}, 404, X_Error_Code="EntryNotFound")
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        url = f"http://{self.headers['Host']}/someone/tiny"
+        if self.path == "/api/repos/create":
+            self.answer({"url": url, "name": "someone/tiny"})
+        elif self.path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
+        elif "/preupload/" in self.path:
+            asked = json.loads(body)["files"]
+            self.answer({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.answer({"commitUrl": f"{url}/commit/0", "commitOid": "0" * 40, "pullRequestUrl": None})
+        else:
+            self.answer({"error": self.path}, 500)
+
+
+PUSH = """
+import sys, bitnet_arch
+bitnet_arch.load_model(sys.argv[1]).push_to_hub("someone/tiny", token="hf_" + "x" * 34, tags=["ternary"])
+"""
+
+
+@pytest.mark.parametrize("save", [save_master, save_packed], ids=["master", "packed"])
+@pytest.mark.parametrize("kind", ["stock", "own"])
+def test_push_to_hub_sends_what_load_model_reads(kind, save, tmp_path):
+    save(tiny_bitnet(hidden=64, ffn=128) if kind == "stock" else own(), tmp_path / "m")
+    model = load_model(tmp_path / "m")
+    handler = type("Handler", (Hub,), {"files": {}})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
+        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", PUSH, str(tmp_path / "m")], env=environment, capture_output=True, text=True, check=False
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "got").mkdir()
+    for name, content in handler.files.items():
+        (tmp_path / "got" / name).write_bytes(content)
+    assert {"config.json", "model.safetensors", "README.md"} <= handler.files.keys()
+    assert ModelCard.load(tmp_path / "got/README.md").data.tags == ["ternary"]
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "got")(ids).logits, model(ids).logits)
