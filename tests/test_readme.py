@@ -1,4 +1,4 @@
-"""Every command of the README is understood; the chain's test runs them for real."""
+"""Every command of the README is understood; tests/e2e runs most of them for real, on a tiny model."""
 
 import re
 import shlex

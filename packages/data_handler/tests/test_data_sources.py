@@ -143,3 +143,13 @@ def test_a_hub_source_names_what_is_wrong(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"some-owner/some-data could not be opened .* local folder") as caught:
         list(documents(SourceConfig(name="s", kind="hub", dataset="some-owner/some-data")))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [('{"text": "a\\ud800b"}', "half a surrogate"), ('{"text": ' + "[" * 100_000, "JSON|nested")]
+)
+def test_lines_that_are_no_text_are_named(line, message, tmp_path):
+    path = tmp_path / "odd.jsonl"
+    path.write_text('{"text": "\\ud83d\\ude00 is fine"}\n' + line + "\n")
+    with pytest.raises(UserError, match=rf"odd\.jsonl:2.*({message})"):
+        list(documents(SourceConfig(name="a", kind="jsonl", path=str(path))))

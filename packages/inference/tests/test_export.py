@@ -34,7 +34,6 @@ def names(folder):
 
 
 def test_the_command_proves_a_model_on_1000_positions(directory, tmp_path, capsys):
-    stages = set()
     assert main(["export", str(directory), "--out", str(tmp_path / "model.gguf"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     sidecar = json.loads((tmp_path / "model.gguf.parity.json").read_text())
@@ -56,7 +55,16 @@ def test_the_command_proves_a_model_on_1000_positions(directory, tmp_path, capsy
     assert all(np.array_equal(plain.raw(name), proven.raw(name)) for name in plain.tensors)
     with LlamaCpp(tmp_path / "model.gguf") as engine:
         assert np.isfinite(engine.logprobs([5, 6, 7])).all()
-    assert not stages
+
+
+def test_nothing_but_a_gguf_file_is_written_over(directory, tmp_path, capsys):
+    kept = tmp_path / "thesis.tex"
+    kept.write_text("precious")
+    for out, message in ((kept, "is no GGUF file"), (directory / "model.safetensors", "lies in the model directory itself")):
+        before = out.read_bytes()
+        assert main(["export", str(directory), "--out", str(out), "--unproven"]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert out.read_bytes() == before
 
 
 def test_the_file_keeps_where_its_weights_come_from(model, tmp_path):

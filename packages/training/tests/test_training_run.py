@@ -1,6 +1,7 @@
 """Whole runs through the command line, in this process."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -195,3 +196,35 @@ def test_a_divergent_run_stops_and_says_what_to_lower(overrides, capsys, monkeyp
     monkeypatch.setattr("wrinklefree.module.token_loss_sum", lambda logits, labels: (logits.sum() * float("nan"), labels.sum()))
     assert main([*overrides, "training.compare_fp=false"]) == 2
     assert "lower training.learning_rate" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_nothing_in_a_folder_that_is_no_run_is_written_over(overrides, pretrained, tmp_path, capsys):
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "config.yaml").write_text("mine: true\n")
+    assert main([*overrides, f"output_dir={foreign}"]) == 2
+    assert "holds files that are not of a run" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in foreign.iterdir()] == ["config.yaml"]
+    run_with_model = tmp_path / "other"
+    (run_with_model / "model").mkdir(parents=True)
+    shutil.copytree(pretrained, run_with_model / "model", dirs_exist_ok=True)
+    source = from_directory(overrides, run_with_model / "model")
+    before = (run_with_model / "model" / "model.safetensors").read_bytes()
+    (run_with_model / "config.yaml").write_text("{model: 1, training: 1, data: 1, output_dir: 1}")
+    assert main([*source, f"output_dir={run_with_model}"]) == 2
+    assert "would be replaced" in capsys.readouterr().err.splitlines()[-1]
+    assert (run_with_model / "model" / "model.safetensors").read_bytes() == before
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("{model: 1, training: 1, data: 1, output_dir: 1}")
+    (tmp_path / "run" / "model" / "thesis.tex").write_text("mine")
+    assert main(overrides) == 2
+    assert "is not a model directory" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_rows_longer_than_the_context_are_refused(overrides, pretrained, capsys):
+    assert main([*overrides, "model.shape.max_position_embeddings=16"]) == 2
+    assert "longer than the model's context" in capsys.readouterr().err.splitlines()[-1]
+    assert main([*from_directory(overrides, pretrained), "data.sequence_length=4096"]) == 2
+    assert "longer than the model's context of 512" in capsys.readouterr().err.splitlines()[-1]
+    assert main([*overrides, "output_dir="]) == 2
+    assert main([*overrides, "--cfg", "training.max_stepz=3"]) == 2

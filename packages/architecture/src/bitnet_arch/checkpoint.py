@@ -632,8 +632,8 @@ def write_directory(directory: Path | str, fill: Callable[[Path], None]) -> None
         UserError: if writing fails, for example on a full disk; what was there before is still there.
     """
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or _is_foreign(directory)):
-        raise UserError(f"{directory} exists and is not a model directory: choose another output")
+    check_replaceable(directory)
+    directory = directory.resolve() if directory.is_symlink() else directory  # what a link points to is replaced, not the link
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
@@ -660,6 +660,16 @@ def write_directory(directory: Path | str, fill: Callable[[Path], None]) -> None
         raise UserError(f"writing {directory} failed ({reason}): free some space or choose another output") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(directory: Path) -> None:
+    """Refuse a path that `write_directory` would not replace.
+
+    Raises:
+        UserError: if it holds anything but a model.
+    """
+    if directory.exists() and (not directory.is_dir() or _is_foreign(directory)):
+        raise UserError(f"{directory} exists and is not a model directory: move it away or choose another output")
 
 
 def _is_foreign(directory: Path) -> bool:

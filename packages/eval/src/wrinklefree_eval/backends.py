@@ -39,7 +39,8 @@ class RollingMixin:
         owners: list[int] = []
         for owner, request in enumerate(requests):
             pairs = get_rolling_token_windows(
-                token_list=lm.tok_encode(request.args[0]),
+                # Without the begin token that some tokenizers add: the window starts with the prefix token as it is.
+                token_list=lm.tok_encode(request.args[0], add_special_tokens=False),
                 prefix_token=lm.prefix_token_id,
                 max_seq_len=lm.max_length,
                 context_len=1,

@@ -52,7 +52,7 @@ def evaluate(
     lm: TemplateLM = (LlamaCppLM if info.kind == "gguf" else DirectoryLM)(Path(info.path), context)
     for name in names:
         if name == PERPLEXITY:
-            tasks[name] = PerplexityTask(texts.heldout_documents(), lambda text: len(lm.tok_encode(text)))
+            tasks[name] = PerplexityTask(texts.heldout_documents(), lambda text: len(lm.tok_encode(text, add_special_tokens=False)))
         elif name == SST2_LOCAL:
             tasks[name] = Sst2LocalTask(reviews.load_reviews("test"))
     found = lm_evaluate(lm, {"tasks": tasks, "groups": {}, "group_map": {}}, limit=limit, bootstrap_iters=BOOTSTRAP_ITERATIONS)

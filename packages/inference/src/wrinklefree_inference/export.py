@@ -72,6 +72,7 @@ def export_proven(
         needed = default_positions(reader)
         windows = probe_windows(reader, needed if positions is None else positions)
     bounds = ParityBounds(min_positions=needed)
+    check_output(Path(directory), Path(out))
     with _staging(Path(out)) as (stage, publish):
         file = stage / "model.gguf"
         export_gguf(directory, file, kind, lambda done, of: report_progress("writing", done, of))
@@ -102,12 +103,27 @@ def export_unproven(
         UserError: for a mistake in the arguments or the directory, or a full disk.
     """
     report_progress = progress or (lambda *_: None)
+    check_output(Path(directory), Path(out))
     with _staging(Path(out)) as (stage, publish):
         file = stage / "model.gguf"
         export_gguf(directory, file, kind, lambda done, of: report_progress("writing", done, of))
         report = _dated(ParityReport(status="unproven", reason=reason, types=tensor_types(file)))
         publish(file, report)
     return report
+
+
+def check_output(directory: Path, out: Path) -> None:
+    """Refuse to write over what is no GGUF file, or into the model directory itself.
+
+    Raises:
+        UserError: naming what would be lost.
+    """
+    if out.resolve().parent == directory.resolve():
+        raise UserError(f"{out} lies in the model directory itself: write the file beside it")
+    if out.is_file() and out.stat().st_size:
+        with out.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UserError(f"{out} exists and is no GGUF file: choose another name")
 
 
 def default_positions(reader: WeightReader) -> int:

@@ -130,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"unknown option {flags[0]}: settings are given as key=value, see --help")
         overrides = [a for a in arguments if a != "--cfg"]
         if show:
+            load_run_config(overrides)
             print(OmegaConf.to_yaml(OmegaConf.create(compose_values(overrides))), end="")
             return DONE
         return _train(load_run_config(overrides))
@@ -179,9 +180,8 @@ def _report(config: RunConfig, summary: dict[str, Any]) -> None:
     print(f"gguf:   {directory / 'model.gguf'} ({gguf['status']})" if written else f"gguf:   not written: {gguf['note']}")
     print(f"curves: {directory / 'loss.png'}\n\nnext:")
     served = directory / ("model.gguf" if written else "model")
-    for command in (
-        f'generate {served} "def main"',
-        f"serve {served}",
-        f"eval {directory / 'model'} --tasks perplexity,sst2_local",
-    ):
+    commands = [f'generate {served} "def main"', f"eval {directory / 'model'} --tasks perplexity,sst2_local"]
+    if written:  # the server runs nothing but proven or labelled GGUF files
+        commands.insert(1, f"serve {served}")
+    for command in commands:
         print(f"  uv run wf {command}")

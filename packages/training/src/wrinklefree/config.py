@@ -227,6 +227,12 @@ class RunConfig:
     sample_prompt: str = "The "
 
     def __post_init__(self) -> None:
+        _require(bool(self.output_dir.strip()), "output_dir is empty: name a folder")
+        shape, length = self.model.shape, self.data.sequence_length
+        _require(
+            shape is None or length <= shape.max_position_embeddings,
+            f"data.sequence_length={length} is longer than the model's context (model.shape.max_position_embeddings): change one",
+        )
         _require(bool(self.sample_prompt), "sample_prompt is empty, and a model continues at least one character: give some")
         rows, processes = self.training.rows_per_step, self.distributed.devices
         _require(rows % processes == 0, f"training.rows_per_step={rows} must be a multiple of the {processes} processes")

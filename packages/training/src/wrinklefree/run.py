@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 from bitnet_arch import UserError, load_float_model, save_master
+from bitnet_arch.checkpoint import check_replaceable
 from bitnet_arch.pretrained import Pretrained
 from data_handler import PackedStream
 from pytorch_lightning.loggers import Logger, WandbLogger
@@ -119,6 +120,7 @@ def prepare_directory(config: RunConfig, directory: Path) -> Path | None:
     """
     if (directory / "summary.json").is_file():
         raise UserError(f"{directory} holds a finished run: choose another output_dir")
+    _check_own(directory)
     checkpoints = directory / "checkpoints"
     newest = newest_checkpoint(checkpoints)
     if config.resume == "none" and newest:
@@ -135,6 +137,22 @@ def prepare_directory(config: RunConfig, directory: Path) -> Path | None:
             directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
     return chosen
+
+
+def _check_own(directory: Path) -> None:
+    """Refuse a folder that holds anything but a run: nothing in it may be written over."""
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise UserError(f"{directory} is a file: choose another output_dir")
+    try:
+        record = yaml.safe_load((directory / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        record = None
+    ours = isinstance(record, dict) and {"model", "training", "data", "output_dir"} <= record.keys()
+    if not ours and any(directory.iterdir()):
+        raise UserError(f"{directory} holds files that are not of a run: choose another output_dir")
+    check_replaceable(directory / "model")
 
 
 def _saved_tokenizer(checkpoint: Path) -> str | None:

@@ -198,6 +198,8 @@ def _with_status(report: ParityReport, measured: _Measured, bounds: ParityBounds
     elif report.positions < bounds.min_positions:
         status = "unproven"
         reason = f"only {report.positions} positions were compared, and a proof needs {bounds.min_positions}"
+    elif undecided := report.undecided_checks():
+        reason = f"rounding moves this model too far to decide {' and '.join(undecided)}"
     return ParityReport(**{**{f: getattr(report, f) for f in report.__dataclass_fields__}, "status": status, "reason": reason})
 
 

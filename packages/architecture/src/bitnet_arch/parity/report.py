@@ -98,9 +98,9 @@ class ParityReport:
     """What was compared and how it went.
 
     Attributes:
-        status: "proven" (an engine that this project did not write ran the file, and every bound holds on enough positions),
-            "unproven" (see `reason`) or "failed" (a bound is missed).
-        reason: one sentence; empty when proven.
+        status: "proven" (an engine that this project did not write ran the file, and every bound that this model can decide holds
+            on enough positions), "unproven" (see `reason`) or "failed" (a bound is missed).
+        reason: one sentence; when proven, empty or what stayed undecided.
         engine: the engine's name, empty if none ran.
         engine_version: its version.
         positions: how many next-token distributions were compared.
@@ -124,6 +124,10 @@ class ParityReport:
         """Return the names of checks that do not hold."""
         return [check.name for check in self.checks if check.holds is False]
 
+    def undecided_checks(self) -> list[str]:
+        """Return the names of checks that this model's rounding noise leaves open."""
+        return [check.name for check in self.checks if check.holds is None]
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
         return asdict(self)
@@ -138,8 +142,10 @@ class ParityReport:
         if "date" in self.details:
             values["date"] = str(self.details["date"])
         for check in self.checks:
-            if check.value is not None:
+            if check.value is not None and check.holds is not None:
                 values |= {f"{check.name}.value": float(check.value), f"{check.name}.bound": check.bound}
+        if undecided := self.undecided_checks():
+            values["undecided"] = ", ".join(undecided)
         return {f"wrinklefree.parity.{key}": value for key, value in values.items()}
 
 

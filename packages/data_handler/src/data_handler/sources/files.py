@@ -34,6 +34,8 @@ def jsonl_documents(source: SourceConfig) -> Iterator[str]:
                         yield from _field(json.loads(line), source, f"{path}:{number}")
         except json.JSONDecodeError as error:
             raise UserError(f"source {source.name}: {path}:{number} is not JSON ({error.msg}): mend or remove the line") from None
+        except RecursionError:
+            raise UserError(f"source {source.name}: {path}:{number} is nested too deeply: mend or remove the line") from None
         except (OSError, EOFError, UnicodeDecodeError) as error:
             raise UserError(f"source {source.name}: {path} cannot be read after line {number} ({error}): replace it") from None
 
@@ -121,4 +123,6 @@ def _field(row: object, source: SourceConfig, where: object) -> Iterator[str]:
         return
     if not isinstance(value, str):
         raise UserError(f"source {source.name}: {source.text_column!r} in {where} is not text but {type(value).__name__}")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise UserError(f"source {source.name}: {where} holds half a surrogate pair, which is no text: mend or remove the line")
     yield value
