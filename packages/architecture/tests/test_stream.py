@@ -322,7 +322,13 @@ def test_the_command_writes_shards(floats, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["convert", str(floats / "qwen3"), "--out", str(out), "--gain", "one", "--max-shard-gib", "0.0001"]) == 0
     assert (out / "model.safetensors.index.json").exists()
-    assert main(["convert", str(floats / "qwen3"), "--out", str(out), "--gain", "one", "--max-shard-gib", "0"]) == 2
+    again = ["convert", str(floats / "qwen3"), "--out", str(out), "--gain", "one"]
+    assert main(again) == 2
+    assert "is not empty" in capsys.readouterr().err.splitlines()[-1]
+    assert (out / "model.safetensors.index.json").exists()
+    assert main([*again, "--force"]) == 0
+    assert not (out / "model.safetensors.index.json").exists()
+    assert main([*again, "--force", "--max-shard-gib", "0"]) == 2
     assert "max_shard_size must be at least 1 byte" in capsys.readouterr().err
 
 

@@ -60,3 +60,11 @@ def test_impossible_requests_are_refused():
         train_tokenizer(TEXTS, 256)
     with pytest.raises(UserError, match="no text to train a tokenizer on"):
         train_tokenizer([""], 300)
+
+
+@pytest.mark.parametrize(("around", "begins"), [(None, False), ("<|begin|> $A", True)])
+def test_a_document_begins_as_the_tokenizer_begins_a_prompt(around, begins):
+    tokenizer = tiny_tokenizer(around=around)
+    (ids,) = encode(["a fox"], tokenizer)
+    assert ids.tolist() == [*tokenizer("a fox").input_ids, tokenizer.eos_token_id]
+    assert (ids[0] == tokenizer.bos_token_id) == begins

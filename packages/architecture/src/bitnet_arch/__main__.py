@@ -65,6 +65,8 @@ def _conversion(arguments: argparse.Namespace) -> ConversionConfig:
 
 def _convert(arguments: argparse.Namespace) -> None:
     config = _conversion(arguments)
+    if arguments.out.is_dir() and any(arguments.out.iterdir()) and not arguments.force:
+        raise UserError(f"{arguments.out} is not empty: choose another output, or replace the model in it with --force")
     source = resolve_pretrained(arguments.source)
     print(f"source: {source.note}", file=sys.stderr)
     check_source(source.path, config)
@@ -131,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--max-shard-gib", type=float, default=MAX_SHARD_SIZE / 2**30, help="largest file, in GiB of tensors (%(default)g)"
     )
+    convert.add_argument("--force", action="store_true", help="replace a model that --out holds")
     convert.add_argument("--json", action="store_true", help="print the result as JSON")
     convert.set_defaults(run=_convert)
     info = commands.add_parser("info", help="say what a model directory holds")

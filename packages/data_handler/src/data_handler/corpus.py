@@ -48,14 +48,17 @@ class Corpus:
 def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
     """Yield each text's token ids, int32, ending with the tokenizer's end-of-sequence token if it has one.
 
-    Text is data: a string in it that looks like a special token is encoded as ordinary text. No other special token
-    is added.
+    A document begins with the begin-of-sequence token exactly if the tokenizer itself puts one before a text: a model is prompted
+    as it was trained. Text is data: a string in it that looks like a special token is encoded as ordinary text. No other special
+    token is added.
     """
     ending = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    begin = tokenizer.bos_token_id
+    beginning = [begin] if begin is not None and tokenizer("a").input_ids[0] == begin else []
     for batch in _batches(texts):
         encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True, verbose=False)
         for ids in encoded["input_ids"]:
-            if document := ids + ending:
+            if document := beginning + ids + ending:
                 yield np.asarray(document, np.int32)
 
 

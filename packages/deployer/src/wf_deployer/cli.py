@@ -94,11 +94,12 @@ def _options(
 def convert(
     source: Annotated[str, typer.Argument(metavar="DIR|ID", help="A model directory or a hub id.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="The directory to write.")],
-    norm: Annotated[Literal["subln", "none"] | None, typer.Option(help="Where norms are inserted.")] = None,
+    norm: Annotated[Literal["subln", "none", "allnorm", "bitlinear"] | None, typer.Option(help="Where norms are inserted.")] = None,
     gain: Annotated[Literal["calibrated", "one"] | None, typer.Option(help="Initial norm gain.")] = None,
     softness: Annotated[float | None, typer.Option(min=0, help="0 inserts plain norms; larger is nearer to none.")] = None,
     calibration: Annotated[str | None, typer.Option(metavar="FILE", help="A text file to calibrate on.")] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Write 2-bit weights instead of float masters.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model that --out holds.")] = False,
     json: Json = False,
     dry_run: DryRun = False,
     verbose: Verbose = False,
@@ -111,6 +112,7 @@ def convert(
         "--softness": softness,
         "--calibration": calibration,
         "--packed": packed,
+        "--force": force,
         "--json": json,
     }
     _start("bitnet_arch", convert_argv(source, options), dry_run, verbose)
