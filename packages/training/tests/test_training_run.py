@@ -8,7 +8,7 @@ import torch
 import yaml
 from bitnet_arch import ConversionConfig, bitlinear_layers, convert_model, load_model, load_tokenizer, save_master, save_packed
 from bitnet_arch.testing import tiny_llama, tiny_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 from wrinklefree import artifacts
 from wrinklefree.callbacks import read_metrics
 from wrinklefree.cli import main
@@ -228,3 +228,26 @@ def test_rows_longer_than_the_context_are_refused(overrides, pretrained, capsys)
     assert "longer than the model's context of 512" in capsys.readouterr().err.splitlines()[-1]
     assert main([*overrides, "output_dir="]) == 2
     assert main([*overrides, "--cfg", "training.max_stepz=3"]) == 2
+
+
+def test_a_form_that_only_our_classes_hold_is_trained_and_loads_again(overrides, tmp_path):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=2, head_dim=16, eos_token_id=0, bos_token_id=None))
+    save_master(model, tmp_path / "qwen3", tiny_tokenizer())
+    kept = [o for o in overrides if not o.startswith("model.")]
+    arguments = [*kept, "model=qwen3_0.6b", "model.norm=subln", f"model.pretrained={tmp_path / 'qwen3'}", "training.max_steps=4"]
+    directory = run(arguments)
+    trained = load_model(directory / "model")
+    assert type(trained).__name__ == "TernaryQwen3ForCausalLM"
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["gguf"]["status"] == "unproven"
+    # And it is trained further as it is.
+    again = [o for o in arguments if not o.startswith(("model.", "output_dir="))]
+    more = [
+        "model.norm=subln",
+        f"model.pretrained={directory / 'model'}",
+        f"output_dir={tmp_path / 'again'}",
+        "training.compare_fp=false",
+    ]
+    assert losses(run([*again, *more]))[0] < losses(directory)[0] + 0.5

@@ -70,7 +70,7 @@ class ModelConfig:
     name: str
     pretrained: str | None = None
     shape: ShapeConfig | None = None
-    norm: Literal["subln", "none"] | None = None
+    norm: Literal["subln", "none", "allnorm", "bitlinear"] | None = None
     gain: Literal["calibrated", "one"] | None = None
     softness: float | None = None
 

@@ -17,6 +17,7 @@ from bitnet_arch import (
     open_weights,
     resolve_pretrained,
 )
+from bitnet_arch.modeling import form_of
 from data_handler import DataConfig, documents, is_heldout, restore_tokenizer, train_tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -100,7 +101,9 @@ def calibration_rows(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> It
 
 def _check_master(model: ModelConfig, directory: Path) -> None:
     """Refuse conversion settings that a ternary model would ignore."""
-    norm = "subln" if load_config(directory).model_type == "bitnet" else "none"
+    config = load_config(directory)
+    form = form_of(config)
+    norm = form.norm if form else "subln" if config.model_type == "bitnet" else "none"
     if model.norm not in (None, norm) or model.gain is not None or model.softness is not None:
         raise UserError(f"{directory} is ternary already, with norm {norm}: leave out model.norm, model.gain and model.softness")
 

@@ -7,9 +7,10 @@ against a torch emulation of its own activation handling; the engine against tra
 Fixed bounds on distributions fail right models: an int8 code at a rounding edge turns a difference in the last place into
 one in the last code, and deep or outlier-ridden models amplify that. So the same run measures how far rounding alone moves this
 model, and a bound widens to `floor_factor` times that (against training also to `handling_factor` times what the engine's
-rounding by blocks costs in torch). `engine.mean_kl` never widens beyond `resolution` of what Q4_0 in place of ternary would cost: there
-the report says unproven. The bounds against training have no such cap: on a model that rounding alone moves far they can be wide, and the
-report shows how wide. A check that such noise leaves open is undecided, and the report names it. All floors come from the model directory, so that a wrong file or engine cannot widen its own bounds.
+rounding by blocks costs in torch). `engine.mean_kl` never widens beyond `resolution` of what Q4_0 in place of ternary would cost:
+there the report says unproven. The bounds against training have no such cap: on a model that rounding alone moves far they can be
+wide, and the report shows how wide. A check that such noise leaves open is undecided, and the report names it. All floors come from
+the model directory, so that a wrong file or engine cannot widen its own bounds.
 """
 
 from collections.abc import Callable
