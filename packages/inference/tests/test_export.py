@@ -111,13 +111,13 @@ def test_a_missed_bound_leaves_no_file_and_keeps_the_previous_one(directory, tmp
         return report
 
     monkeypatch.setattr(export, "export_gguf", export_with_a_wrong_scale)
-    (tmp_path / "kept.gguf").write_bytes(b"previous")
+    (tmp_path / "kept.gguf").write_bytes(b"GGUF previous")
     for name in ("new.gguf", "kept.gguf"):
         assert main(["export", str(directory), "--out", str(tmp_path / name), "--positions", "40"]) == 1
         captured = capsys.readouterr()
         assert captured.err == f"error: {name} was not written: the file differs from its source in blk.0.ffn_gate.weight\n"
     assert names(tmp_path) == ["kept.gguf"]
-    assert (tmp_path / "kept.gguf").read_bytes() == b"previous"
+    assert (tmp_path / "kept.gguf").read_bytes() == b"GGUF previous"
     with pytest.raises(ParityError) as caught:
         export_proven(directory, tmp_path / "new.gguf", positions=40)
     assert caught.value.report.failed_checks() == ["bytes"]
