@@ -220,7 +220,7 @@ def test_a_file_that_puts_other_tokens_around_texts_fails_though_logits_agree(ke
 
 @pytest.mark.parametrize("name", ["smollm", "llama-bpe", "default"])
 def test_a_wrong_pre_tokenizer_fails_where_the_exporter_itself_is_wrong(name, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("bitnet_arch.gguf.tokenizer._pre_tokenizer_name", lambda *_: name)
+    monkeypatch.setattr("bitnet_arch.gguf.tokenizer._byte_level_pre", lambda *_: name)
     export_gguf(trained[0], tmp_path / "out.gguf")
     report = gate(trained, tmp_path / "out.gguf")
     show(f"pre-tokenizer {name}", report)
