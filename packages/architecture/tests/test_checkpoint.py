@@ -308,6 +308,6 @@ def test_import_is_light(module):
 
 def test_where_weights_come_from_outlives_conversion(tmp_path):
     save_master(tiny_llama(hidden=64, ffn=128), tmp_path / "float", tiny_tokenizer(), provenance="a 4-bit copy")
-    for more in ([], ["--packed"]):
+    for more in ([], ["--packed", "--force"]):
         assert main(["convert", str(tmp_path / "float"), "--out", str(tmp_path / "ternary"), *more]) == 0
         assert json.loads((tmp_path / "ternary/provenance.json").read_text()) == {"source": "a 4-bit copy"}
