@@ -1,4 +1,4 @@
-"""`BitLinear`: a linear layer that is ternary in its forward pass and float in its parameters.
+"""`BitLinear`: a linear layer that is ternary in its forward pass and float in its parameters; `BitLinearLRC`: with adapters.
 
 The quantisation strength lambda is a buffer of each layer: it travels with the model through `state_dict`, `deepcopy`,
 DDP and checkpoints, and no process-wide switch exists.
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from bitnet_arch.errors import UserError
 from bitnet_arch.hadamard import rotate
+from bitnet_arch.lrc.adapters import AdapterDtype, check_adapters, correction, random_adapters
 from bitnet_arch.norm import SubLN
 from bitnet_arch.quant import Granularity, fake_quant_activation, fake_quant_weight
 
@@ -83,15 +84,21 @@ class BitLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in_features]` to `[..., out_features]` in x's dtype."""
+        return self.product(self.prepare(x), self.weight)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Return what the activation quantiser rounds: the input after its norm and rotation, if the layer has any."""
         if self.in_norm is not None:
             x = self.in_norm(x)
-        if self.rotation:
-            x = rotate(x)
+        return rotate(x) if self.rotation else x
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply a prepared input by a master weight, both quantised as far as λ says."""
         if self._strength == 0.0:
-            return F.linear(x, self.weight, self.bias)
-        xq, wq = fake_quant_activation(x), fake_quant_weight(self.weight, self.granularity)
+            return F.linear(x, weight, self.bias)
+        xq, wq = fake_quant_activation(x), fake_quant_weight(weight, self.granularity)
         if self._strength != 1.0:
-            xq, wq = torch.lerp(x, xq, self._strength), torch.lerp(self.weight, wq, self._strength)
+            xq, wq = torch.lerp(x, xq, self._strength), torch.lerp(weight, wq, self._strength)
         return F.linear(xq, wq, self.bias)
 
     def set_strength(self, value: float) -> None:
@@ -104,6 +111,70 @@ class BitLinear(nn.Linear):
         if not self.quant_lambda.is_meta:
             # The forward branches on a Python float: reading the buffer there would synchronise a GPU in every layer.
             self._strength = float(self.quant_lambda)
+
+
+class BitLinearLRC(BitLinear):
+    """A `BitLinear` with a low-rank correction: `y = Ŵ Qa(x) + U Vᵀ x` (LRC, Scetbon & Hensman, arXiv 2412.07902).
+
+    The correction reads the input *before* it is quantised, and after the layer's norm and rotation: there the float weight and
+    its covariances live, too, so that one solver serves every form of layer. It is part of what λ fades in: λ = 0 stays
+    `nn.Linear`.
+
+    The base is frozen: only the adapters (and the bias) get gradients, unless `train_base` is set. Adapters are float parameters
+    that are rounded in the forward pass to what storing them keeps, straight through for the gradient.
+
+    Attributes:
+        lrc_u: U, `[out_features, rank]`.
+        lrc_v: V, `[in_features, rank]`.
+        lrc_dtype: what the adapters are stored in.
+        train_base: whether the master weight gets its gradient.
+    """
+
+    lrc_u: nn.Parameter
+    lrc_v: nn.Parameter
+
+    def __init__(self, base: BitLinear, u: Tensor, v: Tensor, lrc_dtype: AdapterDtype = "float16") -> None:
+        """Take over a layer's parameters and norm, which are shared, and add adapters.
+
+        Args:
+            base: the layer to correct.
+            u: U, `[out_features, rank]`, floating point.
+            v: V, `[in_features, rank]`, floating point.
+            lrc_dtype: "float16" or "int8".
+
+        Raises:
+            UserError: for adapters that do not fit, or U = V = 0, which no training could move.
+        """
+        check_adapters(u, v, base.in_features, base.out_features)
+        super().__init__(
+            base.in_features,
+            base.out_features,
+            base.bias is not None,
+            device="meta",
+            granularity=base.granularity,
+            in_norm=base.in_norm,
+            rotation=base.rotation,
+        )
+        self.weight, self.bias = base.weight, base.bias
+        self.quant_lambda, self._strength = base.quant_lambda, base._strength
+        self.lrc_u, self.lrc_v = nn.Parameter(u.contiguous()), nn.Parameter(v.contiguous())
+        self.lrc_dtype: AdapterDtype = lrc_dtype
+        self.train_base = False
+        self.train(base.training)
+
+    @classmethod
+    def random(cls, base: BitLinear, rank: int, lrc_dtype: AdapterDtype = "float16") -> "BitLinearLRC":
+        """Add adapters that change nothing yet: U = 0, V ~ N(0, 1 / in). Training them starts with U alone."""
+        weight = base.weight
+        return cls(base, *random_adapters(rank, base.in_features, base.out_features, weight.device, weight.dtype), lrc_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., in_features]` to `[..., out_features]` in x's dtype."""
+        x = self.prepare(x)
+        y = self.product(x, self.weight if self.train_base else self.weight.detach())
+        if self._strength == 0.0:
+            return y
+        return y + self._strength * correction(x, self.lrc_u, self.lrc_v, self.lrc_dtype)
 
 
 def bitlinear_layers(model: nn.Module) -> Iterator[tuple[str, BitLinear]]:

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 
-from bitnet_arch.bitlinear import LAMBDA_KEY, BitLinear, get_lambda, set_lambda
+from bitnet_arch.bitlinear import LAMBDA_KEY, BitLinear, BitLinearLRC, get_lambda, set_lambda
 from bitnet_arch.configs import (
     LinearClass,
     check_converted,
@@ -44,7 +44,7 @@ from bitnet_arch.errors import UserError
 from bitnet_arch.families import PREFIX, family_of, quantized_names
 from bitnet_arch.modeling import form_of
 from bitnet_arch.norm import SubLN
-from bitnet_arch.packed import PackedBitLinear
+from bitnet_arch.packed import PackedBitLinear, PackedBitLinearLRC
 from bitnet_arch.packing import pack_codes, unpack_codes
 from bitnet_arch.quant import Granularity, quantize_weight
 from bitnet_arch.shards import (
@@ -529,6 +529,9 @@ def save_packed(
         else:
             continue
         found = True
+        if isinstance(module, BitLinearLRC | PackedBitLinearLRC) and module.lrc_dtype == "float16":
+            # The forward rounds to it anyway.
+            state |= {f"{name}.{key}": state[f"{name}.{key}"].half() for key in ("lrc_u", "lrc_v")}
         state[f"{name}.weight_scale"] = stored_scale(scale, "autobitlinear" if own else linear_class)
     if not found:
         raise UserError("the model has no ternary layers to pack: convert it first")

@@ -3,10 +3,11 @@
 For each family of `bitnet_arch.families` there is a configuration and a model class, subclasses of the stock ones, registered
 with `AutoConfig` and `AutoModelForCausalLM` under the `model_type` `wrinklefree-FAMILY` when `bitnet_arch` is imported. The
 configuration holds one more key, `ternary`: the fields of `TernaryForm`. Tensors keep the family's names; new ones are
-`LAYER.in_norm.weight`, `LAYER.in_norm.eps` and, packed, `LAYER.weight_scale` (beta, which multiplies).
+`LAYER.in_norm.weight`, `LAYER.in_norm.eps`, `LAYER.lrc_u` `[out, rank]`, `LAYER.lrc_v` `[in, rank]` and, packed,
+`LAYER.weight_scale` (beta, which multiplies).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,11 +17,12 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from bitnet_arch.bitlinear import LAMBDA_KEY, BitLinear, bitlinear_layers
+from bitnet_arch.bitlinear import LAMBDA_KEY, BitLinear, BitLinearLRC, bitlinear_layers
 from bitnet_arch.errors import UserError
-from bitnet_arch.families import FAMILIES, PREFIX, Family, family_of, quantized_names
+from bitnet_arch.families import FAMILIES, PREFIX, Family, base_type, family_of, quantized_names
+from bitnet_arch.lrc.adapters import AdapterDtype, check_rank, layer_rank
 from bitnet_arch.norm import SubLN
-from bitnet_arch.packed import PackedBitLinear
+from bitnet_arch.packed import PackedBitLinear, PackedBitLinearLRC
 from bitnet_arch.quant import Granularity
 
 Placement = Literal["none", "subln", "bitlinear", "allnorm"]
@@ -38,6 +40,9 @@ class TernaryForm:
         granularity: how many weights share a scale.
         rotation: whether the inputs of the mixing layers are rotated (BitNet v2).
         packed: whether weights are 2-bit codes instead of float masters.
+        lrc_rank: rank of the low-rank correction of each layer: a whole number (at most the layer's smaller side), or a share of
+            the smaller side as a number below 1; 0 for none. See `bitnet_arch.lrc`.
+        lrc_dtype: what the correction's adapters are stored in.
 
     Raises:
         UserError: for an unknown choice.
@@ -47,14 +52,19 @@ class TernaryForm:
     granularity: Granularity = "tensor"
     rotation: bool = False
     packed: bool = False
+    lrc_rank: int | float = 0
+    lrc_dtype: AdapterDtype = "float16"
 
     def __post_init__(self) -> None:
-        for name, choices in (("norm", get_args(Placement)), ("granularity", get_args(Granularity))):
+        named = {"norm": Placement, "granularity": Granularity, "lrc_dtype": AdapterDtype}
+        for name, choices in ((name, get_args(kind)) for name, kind in named.items()):
             if getattr(self, name) not in choices:
                 raise UserError(f"unknown {name} {getattr(self, name)!r}: choose {', '.join(choices)}")
         for name in ("rotation", "packed"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if type(self.lrc_rank) is not int or self.lrc_rank != 0:
+            check_rank(self.lrc_rank)
 
 
 def form_of(config: PreTrainedConfig) -> TernaryForm | None:
@@ -95,6 +105,10 @@ def build_layers(model: PreTrainedModel, form: TernaryForm) -> None:
             in_norm=SubLN(linear.in_features, model.config.rms_norm_eps, device) if short in normed else None,
             rotation=form.rotation and short in mixing,
         ).train(linear.training)
+        if form.lrc_rank:
+            assert isinstance(layer, BitLinear)
+            rank = layer_rank(form.lrc_rank, linear.in_features, linear.out_features)
+            layer = BitLinearLRC.random(layer, rank, form.lrc_dtype)
         if form.packed:
             layer = PackedBitLinear.like(layer)  # type: ignore[arg-type]
         model.set_submodule(name, layer)
@@ -116,6 +130,32 @@ def ternary_config(base: PreTrainedConfig, form: TernaryForm) -> PreTrainedConfi
     values.pop("architectures", None)
     config: PreTrainedConfig = AutoConfig.for_model(kind, **values, ternary=asdict(form))
     return config
+
+
+def change_form(model: PreTrainedModel, **changes: Any) -> PreTrainedModel:
+    """Return a model whose class and configuration say another form; its layers are for the caller to bring in line.
+
+    Args:
+        model: stock or in our own form; its submodules move to the result, and it must not be used afterwards.
+        changes: fields of `TernaryForm` that change; of a stock model, the others have their defaults.
+    """
+    old = model.config
+    values = old.to_dict()
+    for name in ("model_type", "ternary", "quantization_config"):
+        values.pop(name, None)
+    base = AutoConfig.for_model(base_type(old), **values)
+    config = ternary_config(base, replace(form_of(old) or TernaryForm(), **changes))
+    with torch.device("meta"):
+        changed: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    for name, child in model.named_children():
+        setattr(changed, name, child)
+    for module in changed.modules():
+        if getattr(module, "config", None) is old:
+            module.config = config  # type: ignore[assignment]
+    changed.generation_config = model.generation_config
+    changed.tie_weights()
+    changed.train(model.training)
+    return changed
 
 
 def register(model_type: str) -> None:
@@ -193,6 +233,9 @@ class _Ternary(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, BitLinear):
             module.set_strength(1.0)
+        if isinstance(module, BitLinearLRC | PackedBitLinearLRC) and not getattr(module.lrc_v, "_is_hf_initialized", False):
+            module.lrc_u.zero_()
+            module.lrc_v.normal_(std=module.in_features**-0.5)
         if isinstance(module, SubLN) and not getattr(module.weight, "_is_hf_initialized", False):
             module.weight.fill_(1.0)
             module.eps.fill_(self.config.rms_norm_eps)

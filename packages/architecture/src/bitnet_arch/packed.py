@@ -1,15 +1,27 @@
-"""`PackedBitLinear`: the 2-bit form of a `BitLinear`, with an exact integer forward in plain torch."""
+"""`PackedBitLinear`: the 2-bit form of a `BitLinear`, with an exact integer forward in plain torch.
+
+`PackedBitLinearLRC` is the same with low-rank adapters, which can be trained on top of the 2-bit weights.
+"""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitnet_arch.bitlinear import BitLinear
+from bitnet_arch.bitlinear import BitLinear, BitLinearLRC
 from bitnet_arch.errors import UserError
 from bitnet_arch.hadamard import rotate
+from bitnet_arch.lrc.adapters import AdapterDtype, check_adapters, correction, random_adapters
 from bitnet_arch.norm import SubLN
 from bitnet_arch.packing import CODES_PER_BYTE, pack_codes, unpack_codes
-from bitnet_arch.quant import ACTIVATION_LEVELS, GROUP, expand_scale, quantize_activation, quantize_weight
+from bitnet_arch.quant import (
+    ACTIVATION_LEVELS,
+    GROUP,
+    _straight_through,
+    expand_scale,
+    fake_quant_activation,
+    quantize_activation,
+    quantize_weight,
+)
 
 MAX_EXACT_FEATURES = 2**24 // ACTIVATION_LEVELS
 """Up to this width every partial sum of int8 x ternary products is an integer below 2^24, which float32 holds exactly."""
@@ -58,7 +70,7 @@ class PackedBitLinear(nn.Module):
 
     @classmethod
     def from_bitlinear(cls, layer: BitLinear) -> "PackedBitLinear":
-        """Quantise and pack a `BitLinear`; its norm is shared.
+        """Quantise and pack a `BitLinear`; its norm is shared. Of a `BitLinearLRC`, the result is a `PackedBitLinearLRC`.
 
         Raises:
             UserError: if the layer's λ is not 1, which a packed layer cannot express.
@@ -66,7 +78,8 @@ class PackedBitLinear(nn.Module):
         if float(layer.quant_lambda) != 1.0:
             raise UserError(f"a layer with lambda {float(layer.quant_lambda):g} cannot be packed: train it to lambda 1")
         codes, scale = quantize_weight(layer.weight.detach(), layer.granularity)
-        return cls(codes, scale, layer.bias, in_norm=layer.in_norm, rotation=layer.rotation)
+        packed = PackedBitLinear(codes, scale, layer.bias, in_norm=layer.in_norm, rotation=layer.rotation)
+        return PackedBitLinearLRC.of(packed, layer) if isinstance(layer, BitLinearLRC) else packed
 
     @classmethod
     def like(cls, layer: BitLinear) -> "PackedBitLinear":
@@ -78,7 +91,7 @@ class PackedBitLinear(nn.Module):
         rows, columns = layer.out_features, layer.in_features
         if rows % CODES_PER_BYTE:
             raise UserError(f"a packed weight needs rows divisible by {CODES_PER_BYTE}, not {rows}: save the master form")
-        packed = cls.__new__(cls)
+        packed = PackedBitLinear.__new__(PackedBitLinear)
         nn.Module.__init__(packed)
         packed._set_shape(rows, columns)
         groups = -(-columns // GROUP)
@@ -87,7 +100,7 @@ class PackedBitLinear(nn.Module):
         packed.register_buffer("weight_scale", torch.empty(shape, device="meta"))
         packed.register_buffer("bias", None if layer.bias is None else torch.empty(rows, device="meta"))
         packed.in_norm, packed.rotation = layer.in_norm, layer.rotation
-        return packed
+        return PackedBitLinearLRC.of(packed, layer) if isinstance(layer, BitLinearLRC) else packed
 
     def _set_shape(self, rows: int, columns: int) -> None:
         self.out_features, self.in_features = rows, columns
@@ -100,10 +113,16 @@ class PackedBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in_features]` to `[..., out_features]` in x's dtype."""
+        return self.product(self.prepare(x))
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Return what the activation quantiser rounds: the input after its norm and rotation, if the layer has any."""
         if self.in_norm is not None:
             x = self.in_norm(x)
-        if self.rotation:
-            x = rotate(x)
+        return rotate(x) if self.rotation else x
+
+    def product(self, x: Tensor) -> Tensor:
+        """Quantise a prepared input and multiply it."""
         q, activation_scale = quantize_activation(x)
         with torch.autocast(device_type=x.device.type, enabled=False):  # bf16 would round the integers
             codes = self.codes().float()
@@ -118,6 +137,66 @@ class PackedBitLinear(nn.Module):
     def extra_repr(self) -> str:
         """Describe the layer's shape."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class PackedBitLinearLRC(PackedBitLinear):
+    """A `PackedBitLinear` with a low-rank correction, as `bitnet_arch.bitlinear.BitLinearLRC` describes it.
+
+    Only the adapters are parameters, and can be trained while the 2-bit weights stay as they are. The gradient of the input goes
+    through the correction and, straight through the rounding of activations, through the ternary weights.
+
+    Attributes:
+        lrc_u: U, `[out_features, rank]`.
+        lrc_v: V, `[in_features, rank]`.
+        lrc_dtype: what the adapters are stored in.
+    """
+
+    lrc_u: nn.Parameter
+    lrc_v: nn.Parameter
+
+    def __init__(self, base: PackedBitLinear, u: Tensor, v: Tensor, lrc_dtype: AdapterDtype = "float16") -> None:
+        """Take over a layer's weights and norm, which are shared, and add adapters.
+
+        Args:
+            base: the layer to correct.
+            u: U, `[out_features, rank]`, floating point.
+            v: V, `[in_features, rank]`, floating point.
+            lrc_dtype: "float16" or "int8".
+
+        Raises:
+            UserError: for adapters that do not fit, or U = V = 0, which no training could move.
+        """
+        nn.Module.__init__(self)
+        self._set_shape(base.out_features, base.in_features)
+        check_adapters(u, v, self.in_features, self.out_features)
+        for name in ("weight", "weight_scale", "bias"):
+            self.register_buffer(name, getattr(base, name))
+        self.in_norm, self.rotation = base.in_norm, base.rotation
+        self.lrc_u, self.lrc_v = nn.Parameter(u.contiguous()), nn.Parameter(v.contiguous())
+        self.lrc_dtype: AdapterDtype = lrc_dtype
+        self.train(base.training)
+
+    @classmethod
+    def of(cls, base: PackedBitLinear, layer: BitLinearLRC) -> "PackedBitLinearLRC":
+        """Return a packed layer with another's adapters: shared, not copied."""
+        packed = cls(base, layer.lrc_u.data, layer.lrc_v.data, layer.lrc_dtype)
+        packed.lrc_u, packed.lrc_v = layer.lrc_u, layer.lrc_v
+        return packed
+
+    @classmethod
+    def random(cls, base: PackedBitLinear, rank: int, lrc_dtype: AdapterDtype = "float16") -> "PackedBitLinearLRC":
+        """Add adapters that change nothing yet: U = 0, V ~ N(0, 1 / in). Training them starts with U alone."""
+        return cls(base, *random_adapters(rank, base.in_features, base.out_features, base.weight.device), lrc_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., in_features]` to `[..., out_features]` in x's dtype."""
+        x = self.prepare(x)
+        y = self.product(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            # The integer product has no gradient; this one has, and its value is the integer product's, bit for bit.
+            weight = self.codes() * expand_scale(self.weight_scale, self.in_features)
+            y = _straight_through(F.linear(fake_quant_activation(x), weight.to(x.dtype)), y)
+        return y + correction(x, self.lrc_u, self.lrc_v, self.lrc_dtype)
 
 
 def pack_model(model: nn.Module) -> nn.Module:
