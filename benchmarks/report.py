@@ -55,7 +55,11 @@ def bar(name: str, value: float, op: str, limit: float) -> dict[str, Any]:
 
 
 def finish(title: str, rows: list[dict[str, Any]], bars: list[dict[str, Any]], packages: Sequence[str], out: Path | None) -> None:
-    """Print the tables and write the JSON."""
+    """Print the tables and write the JSON.
+
+    Raises:
+        SystemExit: with code 1 if a bar is missed, once everything is written.
+    """
     console = Console()
     for name, lines in ((title, rows), ("bars", bars)):
         if lines:
@@ -68,6 +72,8 @@ def finish(title: str, rows: list[dict[str, Any]], bars: list[dict[str, Any]], p
         temporary = out.with_name(f".{out.name}.partial")
         temporary.write_text(json.dumps(result, indent=2) + "\n")
         os.replace(temporary, out)
+    if missed := [line["name"] for line in bars if not line["holds"]]:
+        raise SystemExit(f"missed: {', '.join(missed)}")
 
 
 def hardware() -> dict[str, Any]:

@@ -129,6 +129,9 @@ def test_lambda_is_state_of_the_model():
         set_lambda(a, 1.5)
     with pytest.raises(UserError, match="cannot be packed"):
         PackedBitLinear.from_bitlinear(a)
+    set_lambda(a, 0.25)
+    a.quant_lambda.fill_(1.0)  # around set_lambda: the forward still uses 0.25, and saving must know
+    assert get_lambda(a) == 0.25
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "sigmoid"])

@@ -251,3 +251,11 @@ def test_a_form_that_only_our_classes_hold_is_trained_and_loads_again(overrides,
         "training.compare_fp=false",
     ]
     assert losses(run([*again, *more]))[0] < losses(directory)[0] + 0.5
+
+
+def test_an_empty_corpus_is_named(overrides, tmp_path, capsys):
+    (tmp_path / "nothing.txt").write_text("")
+    source = f"data.sources=[{{name: notes, kind: text, path: '{tmp_path}/nothing.txt'}}]"
+    assert main([o for o in overrides if not o.startswith("data.sources")] + [source]) == 2
+    assert "error: the data has no text to train a tokenizer on (sources: notes)" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "model").exists()

@@ -197,8 +197,11 @@ def set_lambda(model: nn.Module, value: float) -> None:
 
 
 def get_lambda(model: nn.Module) -> float:
-    """Return the smallest quantisation strength among the model's `BitLinear` layers (1.0 if it has none)."""
-    return min((float(layer.quant_lambda) for _, layer in bitlinear_layers(model)), default=1.0)
+    """Return the smallest quantisation strength among the model's `BitLinear` layers (1.0 if it has none).
+
+    Of a layer whose buffer was changed around `set_lambda`, both the buffer and what the forward uses count.
+    """
+    return min((min(float(layer.quant_lambda), layer._strength) for _, layer in bitlinear_layers(model)), default=1.0)
 
 
 def _sigmoid(progress: float) -> float:

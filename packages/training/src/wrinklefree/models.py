@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -117,7 +117,13 @@ def _random(config: RunConfig, shape: ShapeConfig, saved: str | None) -> Start:
     if saved is None:
         sources = range(len(config.data.sources))
         texts = (text for i in sources for text in islice(_training_documents(config.data, i), TOKENIZER_DOCUMENTS))
-        tokenizer = train_tokenizer(texts, shape.vocab_size)
+        first = next(texts, None)
+        if first is None:
+            names = ", ".join(source.name for source in config.data.sources)
+            raise UserError(
+                f"the data has no text to train a tokenizer on (sources: {names}): give it at least one document with text"
+            )
+        tokenizer = train_tokenizer(chain([first], texts), shape.vocab_size)
     else:
         tokenizer = restore_tokenizer(saved)
     llama = LlamaConfig(

@@ -57,6 +57,7 @@ class Progress(pl.Callback):
             rows = module.run_config.training.rows_per_step * module.run_config.data.sequence_length
             left = (trainer.max_steps - step) * rows / self._smoothed
             print(f"{self.title}: step {step}/{trainer.max_steps}  {figures}  {left:.0f} s left", file=sys.stderr, flush=True)
+            self._heldout = None  # a later line would look as if it had been measured again
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Close the bar."""
