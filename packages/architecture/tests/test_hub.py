@@ -11,8 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from bitnet_arch import ConversionConfig, UserError, convert_model, load_model, save_master, save_packed
+from bitnet_arch.__main__ import main
 from bitnet_arch.hub import write_model_card
-from bitnet_arch.testing import tiny_bitnet, tiny_llama
+from bitnet_arch.testing import tiny_bitnet, tiny_llama, tiny_tokenizer
 from huggingface_hub import ModelCard
 
 PROVENANCE = "owner/tiny-model as packaged by somebody: a 4-bit copy"
@@ -157,3 +158,19 @@ def test_push_to_hub_sends_what_load_model_reads(kind, save, tmp_path):
     ids = torch.arange(24)[None]
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path / "got")(ids).logits, model(ids).logits)
+
+
+def test_the_command_writes_a_card_of_a_conversion_with_scales_by_row_and_a_rotation(tmp_path, capsys):
+    save_master(tiny_llama(hidden=64, ffn=128), tmp_path / "float", tiny_tokenizer())
+    options = ["--granularity", "row", "--rotation"]
+    assert main(["convert", str(tmp_path / "float"), "--out", str(tmp_path / "rows"), *options]) == 0
+    assert main(["convert", str(tmp_path / "float"), "--out", str(tmp_path / "plain")]) == 0
+    for name, scale, rotation in (("rows", "row", "block Hadamard"), ("plain", "tensor", "none")):
+        assert main(["card", str(tmp_path / name), "--license", "apache-2.0"]) == 0
+        text = (tmp_path / name / "README.md").read_text()
+        assert f"| a scale for | {scale} |" in text
+        assert f"| rotation | {rotation}" in text
+        assert "license: apache-2.0" in text
+    capsys.readouterr()
+    assert main(["card", str(tmp_path / "float")]) == 2
+    assert "convert it before it gets a card" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from bitnet_arch import ConversionConfig, bitlinear_layers, convert_model, load_model, load_tokenizer, save_master, save_packed
+from bitnet_arch.modeling import form_of
 from bitnet_arch.testing import tiny_llama, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 from wrinklefree import artifacts
@@ -129,7 +130,9 @@ def test_a_ternary_directory_is_trained_as_it_is(overrides, pretrained, tmp_path
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["model.gain=one"], "ternary already, with norm subln"),
+        (["model.gain=one"], "ternary already, and nothing is inserted: leave out model.gain"),
+        (["model.granularity=row"], "ternary already, with granularity tensor"),
+        (["model.rotation=true"], "ternary already, with rotation False"),
         (["model.norm=none"], "ternary already, with norm subln"),
     ],
 )
@@ -251,6 +254,16 @@ def test_a_form_that_only_our_classes_hold_is_trained_and_loads_again(overrides,
         "training.compare_fp=false",
     ]
     assert losses(run([*again, *more]))[0] < losses(directory)[0] + 0.5
+
+
+def test_scales_and_rotation_are_those_that_the_command_asks_for(overrides, tmp_path):
+    more = ["training.compare_fp=false", "training.max_steps=3", "training.lambda_schedule=constant"]
+    plain = run(overrides, *more)
+    other = run(overrides, *more, "model.granularity=row", "model.rotation=true", f"output_dir={tmp_path / 'other'}")
+    assert form_of(load_model(plain / "model").config) is None
+    form = form_of(load_model(other / "model").config)
+    assert (form.norm, form.granularity, form.rotation) == ("subln", "row", True)
+    assert losses(plain) != losses(other)
 
 
 def test_an_empty_corpus_is_named(overrides, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Command line of the library: `python -m bitnet_arch convert|info`."""
+"""Command line of the library: `python -m bitnet_arch convert|info|card`."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import pydoc_data.topics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from torch import Tensor
 from bitnet_arch.checkpoint import load_tokenizer, open_weights
 from bitnet_arch.convert import ConversionConfig
 from bitnet_arch.errors import UserError
+from bitnet_arch.hub import write_model_card
 from bitnet_arch.pretrained import resolve_pretrained
+from bitnet_arch.quant import Granularity
 from bitnet_arch.shards import MAX_SHARD_SIZE
 from bitnet_arch.stream import check_source, convert_directory
 
@@ -23,6 +26,7 @@ EXAMPLES = """examples:
   python -m bitnet_arch convert HuggingFaceTB/SmolLM2-135M-Instruct --out smollm2-ternary
   python -m bitnet_arch convert ./my-llama --out my-ternary --calibration sample.txt
   python -m bitnet_arch convert ./my-llama --out my-packed --packed
+  python -m bitnet_arch convert ./my-llama --out my-rows --norm none --granularity row
 """
 
 
@@ -59,7 +63,8 @@ def _conversion(arguments: argparse.Namespace) -> ConversionConfig:
         given = [name for name in vain if getattr(arguments, name) is not None]
         if getattr(arguments, option) == value and given:
             raise UserError(f"--{given[0]} has no effect with {why}: leave one of them out")
-    chosen = {name: value for name in ("norm", "gain", "softness") if (value := getattr(arguments, name)) is not None}
+    options = ("norm", "gain", "softness", "granularity", "rotation")
+    chosen = {name: value for name in options if (value := getattr(arguments, name)) is not None}
     return ConversionConfig(**chosen)
 
 
@@ -112,6 +117,10 @@ def _info(arguments: argparse.Namespace) -> None:
     print(json.dumps(result) if arguments.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
 
 
+def _card(arguments: argparse.Namespace) -> None:
+    print(f"wrote {write_model_card(arguments.directory, license_id=arguments.license, parity=arguments.parity)}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bitnet_arch", description="Convert and inspect model directories.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -128,6 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--gain", choices=["calibrated", "one"], help="initial norm gain (calibrated)")
     convert.add_argument("--softness", type=float, help="0 inserts plain norms; larger is nearer to none (0.1)")
+    convert.add_argument("--granularity", choices=get_args(Granularity), help="how many weights share a scale (tensor)")
+    convert.add_argument("--rotation", action="store_true", default=None, help="rotate the inputs of o_proj and down_proj")
     convert.add_argument("--calibration", type=Path, help="a text file (default: Python's own documentation)")
     convert.add_argument("--packed", action="store_true", help="write 2-bit weights instead of float masters")
     convert.add_argument(
@@ -136,6 +147,11 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--force", action="store_true", help="replace a model that --out holds")
     convert.add_argument("--json", action="store_true", help="print the result as JSON")
     convert.set_defaults(run=_convert)
+    card = commands.add_parser("card", help="write a model directory's README.md, with the metadata that the hub reads")
+    card.add_argument("directory", type=Path)
+    card.add_argument("--license", help="the weights' licence, such as apache-2.0 (left out where it is not known)")
+    card.add_argument("--parity", type=Path, help="the .parity.json of a GGUF file that was made of the directory")
+    card.set_defaults(run=_card)
     info = commands.add_parser("info", help="say what a model directory holds")
     info.add_argument("directory", type=Path)
     info.add_argument("--json", action="store_true", help="print as JSON")

@@ -97,6 +97,10 @@ def convert(
     norm: Annotated[Literal["subln", "none", "allnorm", "bitlinear"] | None, typer.Option(help="Where norms are inserted.")] = None,
     gain: Annotated[Literal["calibrated", "one"] | None, typer.Option(help="Initial norm gain.")] = None,
     softness: Annotated[float | None, typer.Option(min=0, help="0 inserts plain norms; larger is nearer to none.")] = None,
+    granularity: Annotated[
+        Literal["tensor", "row", "group128"] | None, typer.Option(help="How many weights share a scale.")
+    ] = None,
+    rotation: Annotated[bool, typer.Option("--rotation", help="Rotate the inputs of o_proj and down_proj.")] = False,
     calibration: Annotated[str | None, typer.Option(metavar="FILE", help="A text file to calibrate on.")] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Write 2-bit weights instead of float masters.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a model that --out holds.")] = False,
@@ -110,6 +114,8 @@ def convert(
         "--norm": norm,
         "--gain": gain,
         "--softness": softness,
+        "--granularity": granularity,
+        "--rotation": rotation,
         "--calibration": calibration,
         "--packed": packed,
         "--force": force,

@@ -63,8 +63,9 @@ class ModelConfig:
         name: used in the run directory's name.
         pretrained: a model directory or hub id to convert; None starts from random weights of `shape`.
         shape: given exactly when `pretrained` is not.
-        norm, gain, softness: how it is converted, see `bitnet_arch.ConversionConfig`; None takes its default, and gain 1 on
-            random weights. A directory that is ternary already (master form) is trained as it is, and takes none of them.
+        norm, gain, softness, granularity, rotation: how it is converted, see `bitnet_arch.ConversionConfig`; None takes its
+            default, and gain 1 on random weights. A directory that is ternary already (master form) is trained as it is; of these,
+            it takes what it is anyway.
     """
 
     name: str
@@ -73,6 +74,8 @@ class ModelConfig:
     norm: Literal["subln", "none", "allnorm", "bitlinear"] | None = None
     gain: Literal["calibrated", "one"] | None = None
     softness: float | None = None
+    granularity: Literal["tensor", "row", "group128"] | None = None
+    rotation: bool | None = None
 
     def __post_init__(self) -> None:
         _require((self.pretrained is None) != (self.shape is None), "give exactly one of model.pretrained and model.shape")
@@ -94,7 +97,13 @@ class ModelConfig:
         gain = self.gain or ("calibrated" if self.shape is None else "one")
         default = ConversionConfig()
         softness = default.softness if self.softness is None else self.softness
-        return ConversionConfig(norm=self.norm or default.norm, gain=gain, softness=softness)
+        return ConversionConfig(
+            norm=self.norm or default.norm,
+            gain=gain,
+            softness=softness,
+            granularity=self.granularity or default.granularity,
+            rotation=default.rotation if self.rotation is None else self.rotation,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,7 @@ from bitnet_arch import (
     open_weights,
     resolve_pretrained,
 )
-from bitnet_arch.modeling import form_of
+from bitnet_arch.modeling import TernaryForm, form_of
 from data_handler import DataConfig, documents, is_heldout, restore_tokenizer, train_tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -102,10 +102,14 @@ def calibration_rows(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> It
 def _check_master(model: ModelConfig, directory: Path) -> None:
     """Refuse conversion settings that a ternary model would ignore."""
     config = load_config(directory)
-    form = form_of(config)
-    norm = form.norm if form else "subln" if config.model_type == "bitnet" else "none"
-    if model.norm not in (None, norm) or model.gain is not None or model.softness is not None:
-        raise UserError(f"{directory} is ternary already, with norm {norm}: leave out model.norm, model.gain and model.softness")
+    norm = "subln" if config.model_type == "bitnet" else "none"
+    form = form_of(config) or TernaryForm(norm=norm)  # type: ignore[arg-type]
+    for name, found in (("norm", form.norm), ("granularity", form.granularity), ("rotation", form.rotation)):
+        if getattr(model, name) not in (None, found):
+            raise UserError(f"{directory} is ternary already, with {name} {found}: leave out model.{name}")
+    for name in ("gain", "softness"):
+        if getattr(model, name) is not None:
+            raise UserError(f"{directory} is ternary already, and nothing is inserted: leave out model.{name}")
 
 
 def _training_documents(data: DataConfig, source_index: int, skip: int = 0) -> Iterator[str]:
