@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from bitnet_arch import (
@@ -21,8 +22,10 @@ from bitnet_arch import (
     set_lambda,
 )
 from bitnet_arch.testing import TEXT, tiny_llama, tiny_tokenizer
+from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 SHAPE = {
     "vocab_size": 300,
@@ -148,11 +151,9 @@ def test_what_save_master_wrote_trains_on_under_auto_classes(tmp_path):
 
 
 def test_trl_trains_too(kind, tmp_path):
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    config = trl.SFTConfig(**arguments(tmp_path / "run", 10), max_length=24, bf16=False)
-    data = datasets.Dataset.from_dict({"input_ids": [row["input_ids"] for row in ROWS]})
-    trainer = trl.SFTTrainer(make(kind), args=config, train_dataset=data, processing_class=tiny_tokenizer(300))
+    config = SFTConfig(**arguments(tmp_path / "run", 16), max_length=24, bf16=False)
+    data = Dataset.from_dict({"input_ids": [row["input_ids"] for row in ROWS]})
+    trainer = SFTTrainer(make(kind), args=config, train_dataset=data, processing_class=tiny_tokenizer(300))
     trainer.train()
     found = losses(trainer)
     assert sum(found[-3:]) < 0.8 * sum(found[:3])
@@ -164,7 +165,6 @@ def test_trl_trains_too(kind, tmp_path):
 
 
 def test_peft_adapts_ternary_layers_and_leaves_them_as_they_are(kind, tmp_path):
-    peft = pytest.importorskip("peft")
     model = make(kind)
     base = copy.deepcopy(model.state_dict())
     plain = logits(model)
