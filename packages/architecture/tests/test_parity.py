@@ -23,8 +23,8 @@ from bitnet_arch.parity import (
     tokenizer_check,
 )
 from bitnet_arch.parity.activations import round_q8_0, round_q8_k
-from bitnet_arch.parity.gate import FLOORS, _end_to_end_checks
-from bitnet_arch.parity.report import at_least, at_most
+from bitnet_arch.parity.gate import FLOORS, _end_to_end_checks, stored_types
+from bitnet_arch.parity.report import at_least, at_most, widened
 from bitnet_arch.parity.stream import LayerStream
 from bitnet_arch.parity.tokens import LINES
 from bitnet_arch.testing import tiny_bitnet, tiny_tokenizer, train_tiny
@@ -175,7 +175,7 @@ def test_streaming_computes_what_whole_models_do(form, model, master, windows, t
     if form == "master":
         whole["training"] = load_model(directory)
     with open_weights(directory) as reader:
-        stream = LayerStream(reader, tmp_path / "out.gguf", ids, FORWARDS)
+        stream = LayerStream(reader, stored_types(reader, read_gguf(tmp_path / "out.gguf")), ids, FORWARDS)
         stream.run(1e-4)
         for name, whole_model in whole.items():
             expected = torch_engine(whole_model).run(ids[1].tolist())
@@ -186,7 +186,7 @@ def test_streaming_computes_what_whole_models_do(form, model, master, windows, t
 
 def test_forwards_differ_where_they_should(master, file, windows):
     with open_weights(master) as reader:
-        stream = LayerStream(reader, file, torch.tensor(windows)[:, :-1], FORWARDS)
+        stream = LayerStream(reader, stored_types(reader, read_gguf(file)), torch.tensor(windows)[:, :-1], FORWARDS)
         stream.run(1e-4)
         rows = {name: stream.logprobs(name, 0, slice(None)) for name in FORWARDS}
     for name in FORWARDS:
@@ -265,11 +265,40 @@ def test_bounds_decide(master, file, windows):
 
 
 def test_a_model_whose_noise_hides_a_wrong_type_is_unproven(master, file, windows):
-    # With no default to fall back on, and nothing of a control's cost allowed, every widened bound is too wide.
-    bounds = ParityBounds(min_positions=1, ternary_mean_kl=0.0, resolution=0.0)
-    report = run_gate(master, file, torch_engine(emulated_model(master, file)), windows, bounds)
-    assert report.status == "unproven"
-    assert report.failed_checks() == ["resolution"]
+    # With no default to fall back on, and nothing of a control's cost allowed, every widened bound is beyond its cap.
+    engine = torch_engine(emulated_model(master, file).double())
+    none = ParityBounds(min_positions=1, training_mean_kl=0.0, resolution=0.0)
+    report = run_gate(master, file, engine, windows, none)
+    assert (report.status, report.failed_checks()) == ("unproven", [])
+    assert "training.mean_kl" in report.undecided_checks()
+    assert report.reason.startswith("rounding alone moves this model about as far as a wrong weight type would, so ")
+    check = next(check for check in report.checks if check.name == "training.mean_kl")
+    assert check.bound == 0.0
+    assert "rounding explains figures up to" in check.note
+    # The same bounds with their caps as they are: 0.5 of what Q4_0 costs leaves room for what block-wise rounding costs.
+    capped = run_gate(master, file, engine, windows, ParityBounds(min_positions=1, training_mean_kl=0.0))
+    assert (capped.status, capped.undecided_checks()) == ("proven", [])
+
+
+@pytest.mark.parametrize(
+    ("value", "noise", "cap", "holds", "bound"),
+    [
+        (0.9, 0.0, 0.0, True, 1.0),
+        (1.1, 0.0, 9.0, False, 1.0),
+        (2.0, 3.0, 9.0, True, 3.0),
+        (2.0, 3.0, 1.5, None, 1.5),
+        (1.2, 3.0, 1.5, True, 1.5),
+        (3.1, 3.0, 1.5, False, 3.0),
+        (2.0, 3.0, None, True, 3.0),
+        (float("nan"), 3.0, 1.5, False, 3.0),
+    ],
+    ids=["default", "missed", "widened", "beyond-the-cap", "within-the-cap", "beyond-noise", "no-cap", "not-a-number"],
+)
+def test_a_bound_widens_with_noise_up_to_its_cap(value, noise, cap, holds, bound):
+    check = widened("x", value, "<=", 1.0, noise, cap)
+    assert (check.holds, check.bound) == (holds, bound)
+    mirrored = widened("x", -value, ">=", -1.0, -noise, None if cap is None else -cap)
+    assert (mirrored.holds, mirrored.bound) == (holds, -bound)
 
 
 @pytest.mark.parametrize("bad", [[], [[1]], [[1, 2, 3], [1, 2]]], ids=["none", "short", "uneven"])

@@ -125,6 +125,9 @@ def test_a_model_says_where_it_is_from_and_whether_it_was_proven(tmp_path):
     export_gguf(directory, file)
     assert describe_model(directory) == ModelInfo(str(directory), "directory", "master", "PyTorch (transformers)")
     assert describe_model(file) == ModelInfo(str(file), "gguf", "tq2_0", "llama.cpp (xllamacpp)", parity="no report")
+    for kind, embedding in (("i2_s", "q4_1"), ("bf16", "q8_0"), ("f16", "f16")):
+        export_gguf(directory, tmp_path / "other.gguf", kind, embedding=embedding)
+        assert describe_model(tmp_path / "other.gguf").form == kind
     # What lies beside a file may belong to another one, and may be missing where it is moved to: the file itself says it.
     (directory / "provenance.json").write_text('{"source": "a 4-bit copy"}')
     (tmp_path / "model.gguf.parity.json").write_text('{"status": "proven"}')

@@ -2,16 +2,18 @@
 
 import json
 import shutil
+import typing
 
 import numpy as np
 import pytest
 from bitnet_arch import ConversionConfig, UserError, convert_model, open_weights, save_master, save_packed
-from bitnet_arch.gguf import export_gguf, read_gguf
+from bitnet_arch.gguf import ARCHITECTURES, EMBEDDING_TYPES, export_gguf, read_gguf
 from bitnet_arch.parity import ParityError
 from bitnet_arch.testing import tiny_bitnet, tiny_llama, tiny_tokenizer, train_tiny
+from transformers import AutoModelForCausalLM, BitNetConfig, LlamaConfig, Qwen2Config, Qwen3Config
 from wrinklefree_inference import export
 from wrinklefree_inference.cli import main
-from wrinklefree_inference.export import default_positions, export_proven, probe_windows
+from wrinklefree_inference.export import default_positions, export_proven, probe_windows, tensors_by_type
 from wrinklefree_inference.llamacpp import EngineError, LlamaCpp
 
 SHAPE = {"hidden": 64, "ffn": 128, "layers": 2}
@@ -102,8 +104,8 @@ def test_unproven_skips_the_engine_and_says_so(directory, tmp_path, monkeypatch,
 
 
 def test_a_missed_bound_leaves_no_file_and_keeps_the_previous_one(directory, tmp_path, monkeypatch, capsys):
-    def export_with_a_wrong_scale(source, out, *args):
-        report = export_gguf(source, out, *args)
+    def export_with_a_wrong_scale(source, out, *args, **options):
+        report = export_gguf(source, out, *args, **options)
         info = read_gguf(out).tensors["blk.0.ffn_gate.weight"]
         blocks = np.memmap(out, np.uint8, "r+", info.offset, (info.nbytes // 18, 18))
         scales = blocks[:, :2].view(np.float16)
@@ -179,10 +181,13 @@ def test_a_full_disk_leaves_nothing(directory, tmp_path, monkeypatch, capsys):
         (["{m}", "--positions", "0"], "--positions must be at least 1, not 0"),
         (["{m}", "--positions", "9", "--unproven"], "--positions has no effect with --unproven"),
         (["{m}/none"], "is not a model directory"),
-        (["{untied}"], "untied head"),
-        (["{float}"], "only a SubLN'd model"),
+        (["{untied}", "--architecture", "bitnet"], "untied head"),
+        (["{untied}", "--architecture", "llama"], "is a 'bitnet', which cannot be written as 'llama'"),
+        (["{float}"], "is not ternary"),
+        (["{m}", "--embedding", "q6_k"], "token_embd.weight has rows of 64, which Q6_K cannot have"),
+        (["{m}", "--type", "i2_s"], "has rows of 64, but I2_S needs a multiple of 128"),
     ],
-    ids=["width", "positions", "no-effect", "missing", "untied", "float"],
+    ids=["width", "positions", "no-effect", "missing", "untied", "architecture", "float", "embedding", "i2_s"],
 )
 def test_mistakes_end_in_one_sentence(arguments, words, directory, tmp_path, capsys):
     places = {"m": directory, "untied": tmp_path / "u", "float": tmp_path / "f"}
@@ -195,6 +200,96 @@ def test_mistakes_end_in_one_sentence(arguments, words, directory, tmp_path, cap
     assert captured.err.count("\n") == 1
     assert words in captured.err
     assert names(tmp_path) == ["f", "u"]
+
+
+def test_a_model_that_no_engine_runs_is_written_and_labelled(tmp_path, monkeypatch, capsys):
+    """Bytes, tokens, layers and the packed model are compared all the same, and no engine is started."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the engine was started")
+
+    monkeypatch.setattr(export, "LlamaCpp", refuse)
+    save_master(convert_model(tiny_llama(tied=False, **SHAPE), ConversionConfig(gain="one")), tmp_path / "m", tiny_tokenizer())
+    assert main(["export", str(tmp_path / "m"), "--out", str(tmp_path / "out.gguf"), "--positions", "40"]) == 0
+    printed = capsys.readouterr().out
+    assert "unproven: no engine here runs the architecture 'wrinklefree', which holds what llama.cpp's cannot" in printed
+    sidecar = json.loads((tmp_path / "out.gguf.parity.json").read_text())
+    assert {check["name"] for check in sidecar["checks"]} >= {"bytes", "tokenizer", "layers.output_error", "packed.mean_kl"}
+    assert all(check["holds"] is not False for check in sidecar["checks"])
+    written = read_gguf(tmp_path / "out.gguf").metadata
+    assert (written["general.architecture"], written["wrinklefree.parity.status"]) == ("wrinklefree", "unproven")
+
+
+def test_what_was_asked_for_is_in_the_file_and_in_the_report(directory, tmp_path, capsys):
+    words = ["--type", "f16", "--embedding", "q8_0", "--architecture", "bitnet", "--positions", "40"]
+    assert main(["export", str(directory), "--out", str(tmp_path / "out.gguf"), *words]) == 0
+    printed = capsys.readouterr().out
+    assert "  q8_0   token_embd\n" in printed
+    assert "  f16    blk.*.attn_q (2), blk.*.attn_k (2)" in printed
+    written = read_gguf(tmp_path / "out.gguf")
+    assert (written.tensors["token_embd.weight"].ggml_id, written.metadata["general.architecture"]) == (8, "bitnet")
+    assert main(["export", str(directory), "--out", str(tmp_path / "own.gguf"), "--unproven", "--architecture", "wrinklefree"]) == 0
+    assert read_gguf(tmp_path / "own.gguf").metadata["general.architecture"] == "wrinklefree"
+
+
+def test_wf_offers_the_same_choices():
+    cli = pytest.importorskip("wf_deployer.cli")
+    hints = typing.get_type_hints(cli.export)
+    offered = {name: set(typing.get_args(typing.get_args(hints[name])[0])) for name in ("gguf_type", "architecture", "embedding")}
+    assert offered == {"gguf_type": set(export.KINDS), "architecture": set(ARCHITECTURES), "embedding": set(EMBEDDING_TYPES)}
+
+
+def test_tensors_are_summed_up_by_what_they_became():
+    types = {
+        "token_embd.weight": "f16",
+        "blk.0.attn_q.weight": "tq2_0",
+        "blk.1.attn_q.weight": "q2_0",
+        "blk.1.attn_k.weight": "q2_0",
+    }
+    assert tensors_by_type(types) == {
+        "f16": ["token_embd"],
+        "tq2_0": ["blk.*.attn_q (1)"],
+        "q2_0": ["blk.*.attn_q (1)", "blk.*.attn_k (1)"],
+    }
+
+
+# What the presets of training become: their families, with what of a released model's configuration decides.
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE = LLAMA3 | {"rope_theta": 5e5, "original_max_position_embeddings": 64}
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "eos_token_id": 0,
+    "bos_token_id": None,
+    "pad_token_id": None,
+    "tie_word_embeddings": True,
+}
+PRESETS = {
+    "smollm2_135m": (LlamaConfig(**SIZES), "subln", "bitnet"),
+    "qwen2_0.5b": (Qwen2Config(**SIZES), "none", "qwen2"),
+    "qwen3_0.6b": (Qwen3Config(**SIZES, head_dim=32), "none", "qwen3"),
+    "llama_1b": (LlamaConfig(**SIZES, rope_parameters=ROPE), "subln", "wrinklefree"),
+    "llama_1b, model.norm=none": (LlamaConfig(**SIZES, rope_parameters=ROPE), "none", "llama"),
+    "bitnet_2b": (BitNetConfig(**SIZES, hidden_act="relu2"), "none", "wrinklefree"),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_which_presets_can_be_proven(preset, tmp_path):
+    config, norm, architecture = PRESETS[preset]
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    model = train_tiny(convert_model(model, ConversionConfig(norm=norm, gain="one")), steps=5, rows=2)
+    save_master(model, tmp_path / "m", tiny_tokenizer())
+    report = export_proven(tmp_path / "m", tmp_path / "out.gguf", positions=8)
+    assert read_gguf(tmp_path / "out.gguf").metadata["general.architecture"] == architecture
+    reason = "no engine here runs the architecture" if architecture == "wrinklefree" else "only 8 positions were compared"
+    assert (report.status, report.failed_checks()) == ("unproven", [])
+    assert report.reason.startswith(reason)
 
 
 def test_a_directory_as_output_is_refused(directory, tmp_path):

@@ -155,7 +155,7 @@ def test_a_family_that_cannot_be_converted_is_named(overrides, tmp_path, capsys)
 
 
 def test_a_file_that_fails_the_gate_makes_the_run_fail(overrides, monkeypatch, capsys):
-    monkeypatch.setattr("wrinklefree.run.export", lambda *_: {"status": "failed", "note": "engine.mean_kl is 0.3"})
+    monkeypatch.setattr("wrinklefree.run.export", lambda *_: {"status": "failed", "note": "engine.mean_kl is 0.3", "runs": False})
     assert main([*overrides, "training.compare_fp=false"]) == 1
     printed = capsys.readouterr()
     assert printed.err.splitlines()[-1] == "error: model.gguf was not written: engine.mean_kl is 0.3"
@@ -233,7 +233,7 @@ def test_rows_longer_than_the_context_are_refused(overrides, pretrained, capsys)
     assert main([*overrides, "--cfg", "training.max_stepz=3"]) == 2
 
 
-def test_a_form_that_only_our_classes_hold_is_trained_and_loads_again(overrides, tmp_path):
+def test_a_form_that_only_our_classes_hold_is_trained_and_loads_again(overrides, tmp_path, capsys):
     torch.manual_seed(0)
     shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=2, head_dim=16, eos_token_id=0, bos_token_id=None))
@@ -244,7 +244,9 @@ def test_a_form_that_only_our_classes_hold_is_trained_and_loads_again(overrides,
     trained = load_model(directory / "model")
     assert type(trained).__name__ == "TernaryQwen3ForCausalLM"
     summary = json.loads((directory / "summary.json").read_text())
-    assert summary["gguf"]["status"] == "unproven"
+    # llama.cpp cannot run the file, and nobody is told to serve it.
+    assert (summary["gguf"]["status"], summary["gguf"]["runs"]) == ("unproven", False)
+    assert "wf serve" not in capsys.readouterr().out
     # And it is trained further as it is.
     again = [o for o in arguments if not o.startswith(("model.", "output_dir="))]
     more = [

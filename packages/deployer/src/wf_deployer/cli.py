@@ -128,14 +128,23 @@ def convert(
     epilog=_examples(
         "wf export my-ternary --out my-ternary.gguf",
         "wf export my-ternary --out my-ternary.gguf --type tq2_0 --positions 1000",
+        "wf export my-qwen3 --out my-qwen3.gguf --architecture qwen3 --embedding q8_0",
     )
 )
 def export(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A model directory.")],
     out: Annotated[str, typer.Option(metavar="FILE", help="The GGUF file to write; its parity report lies beside it.")],
     gguf_type: Annotated[
-        Literal["auto", "f16", "tq1_0", "tq2_0", "q2_0"] | None,
+        Literal["auto", "f16", "bf16", "tq1_0", "tq2_0", "q2_0", "i2_s"] | None,
         typer.Option("--type", help="How weights are stored; auto takes the exact type for each width."),
+    ] = None,
+    architecture: Annotated[
+        Literal["auto", "bitnet", "gemma3", "llama", "qwen2", "qwen3", "wrinklefree"] | None,
+        typer.Option(help="What the file is; auto takes what llama.cpp runs, if that holds the model."),
+    ] = None,
+    embedding: Annotated[
+        Literal["f16", "bf16", "q8_0", "q6_k", "q4_1"] | None,
+        typer.Option(help="How embeddings and head are stored; the last three change the model a little."),
     ] = None,
     positions: Annotated[int | None, typer.Option(min=1, help="How many positions the engine's logits are compared on.")] = None,
     unproven: Annotated[bool, typer.Option("--unproven", help="Write the file without comparing an engine's logits.")] = False,
@@ -144,7 +153,15 @@ def export(
     verbose: Verbose = False,
 ) -> None:
     """Write a model directory as a GGUF file, proven against an engine before it gets its name."""
-    options = {"--out": out, "--type": gguf_type, "--positions": positions, "--unproven": unproven, "--json": json}
+    options = {
+        "--out": out,
+        "--type": gguf_type,
+        "--architecture": architecture,
+        "--embedding": embedding,
+        "--positions": positions,
+        "--unproven": unproven,
+        "--json": json,
+    }
     _start("wrinklefree_inference", inference_argv("export", [directory], options), dry_run, verbose)
 
 

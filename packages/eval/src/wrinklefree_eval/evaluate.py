@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import re
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 from bitnet_arch import UserError, open_weights
 from bitnet_arch.checkpoint import read_provenance
-from bitnet_arch.gguf import PROVENANCE_KEY, TYPES, read_gguf
+from bitnet_arch.gguf import PROVENANCE_KEY, read_gguf
+from bitnet_arch.gguf.floats import TYPE_NAMES
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate as lm_evaluate
@@ -21,6 +23,7 @@ from wrinklefree_eval.statistics import majority_share, rate_summary
 from wrinklefree_eval.tasks import DESCRIPTIONS, PERPLEXITY, SST2_LOCAL, STAND_INS, PerplexityTask, Sst2LocalTask
 
 PACKAGES = ("wrinklefree-eval", "bitnet-arch", "data-handler", "lm-eval", "torch", "transformers")
+MATRIX = re.compile(r"blk\.\d+\.\w+\.weight")
 PARITY_KEY = "wrinklefree.parity.status"
 FEWSHOT_SEED = 1234
 BOOTSTRAP_ITERATIONS = 1000
@@ -80,9 +83,9 @@ def describe_model(path: Path) -> ModelInfo:
     if not path.exists():
         raise UserError(f"{path} does not exist: give a model directory or a .gguf file")
     file = read_gguf(path)
-    by_id = {kind.ggml_id: kind.name for kind in TYPES.values()}
-    kinds = sorted({by_id[t.ggml_id] for t in file.tensors.values() if t.ggml_id in by_id})
-    form = ", ".join(kinds) or "f16"
+    # What the blocks' matrices are; embeddings and head stay float in every file.
+    kinds = {TYPE_NAMES[t.ggml_id] for name, t in file.tensors.items() if MATRIX.fullmatch(name) and len(t.shape) == 2}
+    form = ", ".join(sorted(kinds)) or "no matrices"
     # From the file itself: what lies beside it may belong to another one.
     provenance = str(file.metadata[PROVENANCE_KEY]) if PROVENANCE_KEY in file.metadata else None
     parity = str(file.metadata.get(PARITY_KEY, "no report"))

@@ -4,9 +4,11 @@ import argparse
 import json
 import os
 import pydoc_data.topics
+import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -17,12 +19,12 @@ from typing import Any
 import numpy as np
 from bitnet_arch import UserError, load_tokenizer, open_weights
 from bitnet_arch.checkpoint import WeightReader
-from bitnet_arch.gguf import TYPES, annotate_gguf, check_architecture, export_gguf
-from bitnet_arch.parity import EngineInfo, ParityBounds, ParityError, ParityReport, run_gate, tensor_types
+from bitnet_arch.gguf import ARCHITECTURES, EMBEDDING_TYPES, MATRIX_TYPES, annotate_gguf, choose_architecture, export_gguf
+from bitnet_arch.parity import EngineInfo, ParityBounds, ParityError, ParityReport, no_engine, run_gate, tensor_types
 
 from wrinklefree_inference.llamacpp import NAME, EngineError, LlamaCpp
 
-KINDS = ("auto", "f16", *TYPES)
+KINDS = ("auto", *MATRIX_TYPES)
 SMALL_MODEL = 20_000_000
 SMALL_POSITIONS, LARGE_POSITIONS = 1000, 64
 MAX_WINDOW = 128
@@ -33,7 +35,14 @@ Progress = Callable[[str, int, int], None]
 
 EXAMPLES = """examples:
   python -m wrinklefree_inference export my-ternary --out my-ternary.gguf
-  python -m wrinklefree_inference export my-ternary --out small.gguf --type tq1_0
+  python -m wrinklefree_inference export my-ternary --out small.gguf --type tq1_0 --embedding q6_k
+  python -m wrinklefree_inference export my-qwen3 --out my-qwen3.gguf --architecture qwen3
+  python -m wrinklefree_inference export my-ternary --out for-bitnet-cpp.gguf --type i2_s
+  python -m wrinklefree_inference export my-lrc-model --out own.gguf --architecture wrinklefree
+
+Proven can be what llama.cpp runs: the architectures bitnet, llama, qwen2, qwen3 and gemma3 with any --type but i2_s. I2_S and
+wrinklefree files are compared as far as that goes without an engine, and labelled unproven. --embedding q8_0, q6_k and q4_1 change
+the model a little; the report says by how much.
 
 A missed bound ends with exit code 1 and leaves no new file. FILE.parity.json holds every figure and its bound.
 """
@@ -45,8 +54,11 @@ def export_proven(
     kind: str = "auto",
     positions: int | None = None,
     progress: Progress | None = None,
+    *,
+    architecture: str = "auto",
+    embedding: str = "f16",
 ) -> ParityReport:
-    """Export a model directory to GGUF, prove the file with llama.cpp, and only then give it its name.
+    """Export a model directory to GGUF, prove the file with llama.cpp where it runs it, and only then give it its name.
 
     The report is written beside it as `OUT.parity.json` and, in short, into the file's metadata. What stood under the name before
     stays if anything fails.
@@ -54,13 +66,16 @@ def export_proven(
     Args:
         directory: master or packed model directory with a tokenizer.
         out: the file to write.
-        kind: "auto", "f16", "tq1_0", "tq2_0" or "q2_0".
+        kind: type of the ternary matrices, see `bitnet_arch.gguf.export_gguf`.
         positions: next-token distributions to compare; by default 1,000, or 64 from 20 million parameters on. Fewer give a report
             with status "unproven".
         progress: told of the stages.
+        architecture: "auto" or what the file must be; see `export_gguf`.
+        embedding: type of embeddings and head; see `export_gguf`.
 
     Returns:
-        A report with status "proven", or "unproven" with the reason: too few positions, or rounding noise that would hide errors.
+        A report with status "proven", or "unproven" with the reason: no engine that runs the file, too few positions, or rounding
+        noise that would hide errors.
 
     Raises:
         ParityError: if the file does not compute what was trained.
@@ -68,14 +83,14 @@ def export_proven(
     """
     report_progress = progress or (lambda *_: None)
     with open_weights(directory) as reader:
-        check_architecture(reader)
+        choose_architecture(reader, architecture)
         needed = default_positions(reader)
         windows = probe_windows(reader, needed if positions is None else positions)
     bounds = ParityBounds(min_positions=needed)
     check_output(Path(directory), Path(out))
     with _staging(Path(out)) as (stage, publish):
         file = stage / "model.gguf"
-        export_gguf(directory, file, kind, lambda done, of: report_progress("writing", done, of))
+        _write(directory, file, kind, architecture, embedding, report_progress)
         report = _prove(directory, file, windows, bounds, report_progress)
         if report.status == "failed":
             raise ParityError(replace(report, reason=f"{Path(out).name} was not written: {report.reason}"))
@@ -89,6 +104,9 @@ def export_unproven(
     kind: str = "auto",
     reason: str = "the gate was skipped on request",
     progress: Progress | None = None,
+    *,
+    architecture: str = "auto",
+    embedding: str = "f16",
 ) -> ParityReport:
     """Export a model directory to GGUF without running it; the report says so, in the sidecar and in the file.
 
@@ -98,6 +116,8 @@ def export_unproven(
         kind: as in `export_proven`.
         reason: why nothing was proven.
         progress: told of the stages.
+        architecture: as in `export_proven`.
+        embedding: as in `export_proven`.
 
     Raises:
         UserError: for a mistake in the arguments or the directory, or a full disk.
@@ -106,10 +126,17 @@ def export_unproven(
     check_output(Path(directory), Path(out))
     with _staging(Path(out)) as (stage, publish):
         file = stage / "model.gguf"
-        export_gguf(directory, file, kind, lambda done, of: report_progress("writing", done, of))
+        _write(directory, file, kind, architecture, embedding, report_progress)
         report = _dated(ParityReport(status="unproven", reason=reason, types=tensor_types(file)))
         publish(file, report)
     return report
+
+
+def _write(directory: Path | str, file: Path, kind: str, architecture: str, embedding: str, progress: Progress) -> None:
+    def on_tensor(done: int, of: int) -> None:
+        progress("writing", done, of)
+
+    export_gguf(directory, file, kind, on_tensor, architecture=architecture, embedding=embedding)
 
 
 def check_output(directory: Path, out: Path) -> None:
@@ -179,6 +206,8 @@ def _prove(directory: Path | str, file: Path, windows: list[list[int]], bounds: 
         if stage != "engine":
             progress(stage, at, of)
 
+    if no_engine(file) is not None:
+        return run_gate(directory, file, None, windows, bounds, progress)
     try:
         with LlamaCpp(file, context=2 * MAX_WINDOW, on_position=on_position) as engine:
             info = EngineInfo(engine.logprobs, NAME, engine.version, engine.tokenize)
@@ -226,13 +255,20 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "export",
         help="write a model directory as a proven GGUF file",
-        description="Write a model directory as GGUF, run the file in llama.cpp, and compare it with what was trained.",
+        description="Write a model directory as GGUF, run the file in llama.cpp if it can, and compare it with what was trained.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directory", type=Path, help="a master or packed model directory")
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
     parser.add_argument("--type", default="auto", choices=KINDS, help="of the ternary matrices (auto: exact for each width)")
+    parser.add_argument(
+        "--architecture",
+        default="auto",
+        choices=ARCHITECTURES,
+        help="of the file (auto: what llama.cpp runs, if that holds the model, else wrinklefree)",
+    )
+    parser.add_argument("--embedding", default="f16", choices=EMBEDDING_TYPES, help="type of embeddings and head (default f16)")
     parser.add_argument("--positions", type=int, help="distributions to compare (1000; 64 from 20 million parameters on)")
     parser.add_argument("--unproven", action="store_true", help="skip the gate; the file is labelled unproven")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -247,12 +283,14 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.unproven and arguments.positions is not None:
         raise UserError("--positions has no effect with --unproven: leave one of them out")
+    source, out, kind = arguments.directory, arguments.out, arguments.type
+    form = {"architecture": arguments.architecture, "embedding": arguments.embedding}
     with _progress_bar() as progress:
         try:
             if arguments.unproven:
-                report = export_unproven(arguments.directory, arguments.out, arguments.type, progress=progress)
+                report = export_unproven(source, out, kind, progress=progress, **form)
             else:
-                report = export_proven(arguments.directory, arguments.out, arguments.type, arguments.positions, progress)
+                report = export_proven(source, out, kind, arguments.positions, progress, **form)
         except ParityError as error:
             if arguments.json:
                 print(json.dumps(error.report.to_json()))
@@ -268,12 +306,29 @@ def run(arguments: argparse.Namespace) -> int:
 def _print_report(out: Path, report: ParityReport) -> None:
     size = out.stat().st_size
     print(f"wrote {out} ({size:,} bytes, {report.status}{': ' + report.reason if report.reason else ''})")
+    for kind, names in tensors_by_type(report.types).items():
+        print(f"  {kind:<6} {', '.join(names)}")
     if report.engine:
         print(f"compared on {report.positions} positions with {report.engine} {report.engine_version}:")
     for check in report.checks:
         value = "-" if check.value is None else f"{check.value:.3g}"
         verdict = {True: "holds", False: "missed", None: "undecided"}[check.holds]
         print(f"  {check.name:<26} {value:>10} {check.op} {check.bound:<10.3g} {verdict}")
+
+
+def tensors_by_type(types: dict[str, str]) -> dict[str, list[str]]:
+    """Return what became what: type name to tensor names, alike ones of several blocks as one, such as `blk.*.attn_q (30)`.
+
+    Args:
+        types: tensor name to type name.
+    """
+    counted: dict[str, Counter[str]] = {}
+    for name, kind in types.items():
+        short = re.sub(r"^blk\.\d+\.", "blk.*.", name.removesuffix(".weight"))
+        counted.setdefault(kind, Counter())[short] += 1
+    return {
+        kind: [f"{name} ({count})" if "*" in name else name for name, count in names.items()] for kind, names in counted.items()
+    }
 
 
 @contextmanager

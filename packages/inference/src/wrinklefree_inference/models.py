@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bitnet_arch import UserError, open_weights
+from bitnet_arch.gguf import choose_architecture
+from bitnet_arch.gguf.architectures import OURS
 from bitnet_arch.pretrained import cache_directory
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja")
 GGUF_MAGIC = b"GGUF"
 PROMPT_CACHE_MIB = 256
-EXPORT_REVISION = 2
+EXPORT_REVISION = 3
 """Raised whenever a file or its proof would come out differently, so that no file of an older exporter is taken from the cache."""
 
 
@@ -84,6 +86,8 @@ def exported(directory: Path, say: Callable[[str], None]) -> Path:
     with open_weights(directory) as reader:
         if reader.form == "float":
             raise UserError(f"{directory} is not ternary: convert it with `python -m bitnet_arch convert {directory} --out DIR`")
+        if choose_architecture(reader) == OURS:
+            raise UserError(f"{directory} is a model that llama.cpp cannot compute: no engine here serves it, only PyTorch runs it")
     out = cache_directory() / "gguf" / directory_digest(directory)[:32] / "model.gguf"
     if not out.is_file() or _verdict(out) is None:
         from wrinklefree_inference.export import export_proven

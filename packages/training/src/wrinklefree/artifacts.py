@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from bitnet_arch import UserError
 from bitnet_arch.gguf import export_gguf
+from bitnet_arch.parity import no_engine
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from wrinklefree.callbacks import read_metrics
@@ -26,7 +27,7 @@ def export(model_directory: Path, out: Path) -> dict[str, Any]:
     same and labelled unproven.
 
     Returns:
-        `{"status": "proven" | "unproven" | "failed" | "refused", "note": one sentence}`.
+        `{"status": "proven" | "unproven" | "failed" | "refused", "note": one sentence, "runs": whether llama.cpp runs the file}`.
     """
     sidecar = out.with_name(out.name + ".parity.json")
     if importlib.util.find_spec("wrinklefree_inference") is None:
@@ -34,17 +35,18 @@ def export(model_directory: Path, out: Path) -> dict[str, Any]:
         try:
             export_gguf(model_directory, out)
         except UserError as error:
-            return {"status": "refused", "note": str(error)}
+            return {"status": "refused", "note": str(error), "runs": False}
         write_json(sidecar, {"status": "unproven", "reason": note})
-        return {"status": "unproven", "note": note}
+        return {"status": "unproven", "note": note, "runs": no_engine(out) is None}
     command = [sys.executable, "-m", "wrinklefree_inference", "export", str(model_directory), "--out", str(out)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode == 0:
-        status = json.loads(sidecar.read_text())["status"]
-        return {"status": status, "note": f"see {sidecar.name}"}
+        report = json.loads(sidecar.read_text())
+        note = f"see {sidecar.name}" if report["status"] == "proven" else report["reason"]
+        return {"status": report["status"], "note": note, "runs": no_engine(out) is None}
     lines = done.stderr.strip().splitlines() or [f"export ended with code {done.returncode}"]
     note = lines[-1].removeprefix("error: ").removeprefix(f"{out.name} was not written: ")
-    return {"status": "refused" if done.returncode == 2 else "failed", "note": note}
+    return {"status": "refused" if done.returncode == 2 else "failed", "note": note, "runs": False}
 
 
 def plot_losses(out: Path, arms: dict[str, Path]) -> None:

@@ -177,11 +177,12 @@ def _report(config: RunConfig, summary: dict[str, Any]) -> None:
     print(f"model:  {directory / 'model'}")
     gguf = summary["gguf"]
     written = gguf["status"] in ("proven", "unproven")
-    print(f"gguf:   {directory / 'model.gguf'} ({gguf['status']})" if written else f"gguf:   not written: {gguf['note']}")
+    status = gguf["status"] if gguf["status"] == "proven" else f"{gguf['status']}: {gguf['note']}"
+    print(f"gguf:   {directory / 'model.gguf'} ({status})" if written else f"gguf:   not written: {gguf['note']}")
     print(f"curves: {directory / 'loss.png'}\n\nnext:")
-    served = directory / ("model.gguf" if written else "model")
+    served = directory / ("model.gguf" if gguf["runs"] else "model")
     commands = [f'generate {served} "def main"', f"eval {directory / 'model'} --tasks perplexity,sst2_local"]
-    if written:  # the server runs nothing but proven or labelled GGUF files
+    if gguf["runs"]:  # the server runs nothing but proven or labelled GGUF files
         commands.insert(1, f"serve {served}")
     for command in commands:
         print(f"  uv run wf {command}")

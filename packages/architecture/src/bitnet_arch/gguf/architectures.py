@@ -7,6 +7,7 @@ runtime loads. What a stock name cannot hold is a sentence, so that it can be to
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from transformers.configuration_utils import PreTrainedConfig
 
 from bitnet_arch.checkpoint import WeightReader, skeleton
@@ -40,6 +41,8 @@ def slides(config: Any) -> list[bool]:
 
 def _no_stock_form(config: Any) -> str | None:
     form = form_of(config)
+    if form is not None and form.lrc_rank:
+        return "has a low-rank correction (LRC), which no stock architecture holds"
     if form is not None and (form.norm != "none" or form.granularity != "tensor" or form.rotation):
         return "has norms, scales or rotations that no stock architecture holds"
     return None
@@ -100,17 +103,8 @@ STOCK: dict[str, tuple[str, Callable[[Any], str | None]]] = {
 """Maps a family to its architecture in llama.cpp and to what in a configuration that one cannot hold."""
 
 
-def check_architecture(reader: WeightReader) -> None:
-    """Raise `UserError` unless llama.cpp's `bitnet` computes what the directory's model does, and the directory is complete.
-
-    These are the models that the parity gate can prove; `export_gguf` writes more.
-    """
-    config, where = reader.model_config, reader.directory
-    if config.model_type != "bitnet":
-        raise UserError(f"{where} is a {config.model_type!r}: only a SubLN'd model (model_type bitnet) can be exported yet")
-    if why := _bitnet(config):
-        raise UserError(f"{where} {why}")
-    check_ternary(reader)
+ARCHITECTURES = ("auto", *sorted(name for name, _ in STOCK.values()), OURS)
+"""What can be asked for."""
 
 
 def check_ternary(reader: WeightReader) -> None:
@@ -144,6 +138,25 @@ def choose_architecture(reader: WeightReader, requested: str = "auto") -> str:
     if why and requested == name:
         raise UserError(f"{where} {why}; choose --architecture auto or {OURS}")
     return OURS if why or requested == OURS else name
+
+
+def written_architecture(reader: WeightReader, found: Any) -> str:
+    """Return the architecture that a file of a directory must have: the one it has, if that can hold the model, else the usual one.
+
+    Args:
+        reader: the directory.
+        found: the file's `general.architecture`, whatever that is.
+
+    Raises:
+        UserError: if no file can hold the model.
+    """
+    usual = choose_architecture(reader)
+    return OURS if found == OURS else usual
+
+
+def stored_rank(rank: int | float) -> int | float:
+    """Return the rank of a low-rank correction as a file's key gives it back: a share has 32 bits there."""
+    return rank if isinstance(rank, int) else float(str(np.float32(rank)))
 
 
 def model_keys(config: PreTrainedConfig, architecture: str) -> dict[str, Any]:
@@ -202,6 +215,8 @@ def _our_keys(config: Any) -> dict[str, Any]:
         "post_norms": gemma,
         "embedding_scale": float(config.hidden_size) ** 0.5 if gemma else 1.0,
     }
+    if form.lrc_rank:
+        keys["lrc.rank"] = form.lrc_rank
     if cap := getattr(config, "final_logit_softcapping", None):
         keys["logit_softcap"] = float(cap)
     if cap := getattr(config, "attn_logit_softcapping", None):

@@ -1,7 +1,7 @@
 """`from_gguf`: a torch model with exactly a ternary file's codes and scales, ours or other people's."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,9 +23,10 @@ from bitnet_arch.gguf.names import deinterleave, gguf_name, rotary_heads
 from bitnet_arch.gguf.reader import GgufFile, read_gguf
 from bitnet_arch.gguf.rope import FACTORS, head_width, llama3_parameters
 from bitnet_arch.gguf.ternary import TernaryMatrix, find_ternary
+from bitnet_arch.lrc.adapters import check_rank
 from bitnet_arch.modeling import Placement, TernaryForm, ternary_config
 from bitnet_arch.norm import SubLN
-from bitnet_arch.packed import PackedBitLinear
+from bitnet_arch.packed import PackedBitLinear, PackedBitLinearLRC
 from bitnet_arch.packing import CODES_PER_BYTE
 from bitnet_arch.quant import Granularity, absmean_scale, expand_scale
 
@@ -65,9 +66,10 @@ class _Keys:
 def from_gguf(path: Path | str) -> PreTrainedModel:
     """Build a torch model from a ternary GGUF file.
 
-    Files of this library (stock architectures and `wrinklefree`), and other people's: `bitnet`, `bitnet-25`, `bitnet-b1.58`,
-    `llama`, `qwen2`, `qwen3` and `gemma3` whose matrices are I2_S, TQ1_0, TQ2_0, Q2_0, or ternary values in any type that gguf-py
-    can dequantise. Embeddings, head and norms can have any such type. The tokenizer is in `bitnet_arch.gguf.tokenizer`.
+    Files of this library (stock architectures and `wrinklefree`, low-rank corrections included), and other people's: `bitnet`,
+    `bitnet-25`, `bitnet-b1.58`, `llama`, `qwen2`, `qwen3` and `gemma3` whose matrices are I2_S, TQ1_0, TQ2_0, Q2_0, or ternary
+    values in any type that gguf-py can dequantise. Embeddings, head and norms can have any such type. Adapters are f16 in a file,
+    whatever they were. The tokenizer is in `bitnet_arch.gguf.tokenizer`.
 
     The model rounds activations to 8 bits a token, as ternary models are trained. A file that was made from float weights by
     llama.cpp's own quantiser is computed likewise, which is not quite what llama.cpp computes.
@@ -243,13 +245,21 @@ def _form(keys: _Keys, base: PreTrainedConfig) -> TernaryForm:
         return TernaryForm()
     if keys.get("activation_bits", int, 8) != 8:
         raise keys.fail("its activations have not 8 bits")
-    if keys.get("lrc.rank", int, 0) != 0:
-        raise keys.fail("it has a low-rank correction, which cannot be imported yet")
     norm = keys.choice("norm_placement", get_args(Placement), "none")
     if base_type(base) == "bitnet" and norm == "subln":  # its own, not added ones
         norm = "none"
     granularity = keys.choice("scale_granularity", _GRANULARITIES, "tensor")
-    return TernaryForm(norm=norm, granularity=granularity, rotation=keys.get("rotation", bool, False))  # type: ignore[arg-type]
+    rotation, rank = keys.get("rotation", bool, False), _rank(keys)
+    return TernaryForm(norm=norm, granularity=granularity, rotation=rotation, lrc_rank=rank)  # type: ignore[arg-type]
+
+
+def _rank(keys: _Keys) -> int | float:
+    """Return the rank of the low-rank correction: a whole number, a share of each layer's smaller side, or 0 for none."""
+    share = isinstance(keys.file.metadata.get(f"{keys.architecture}.lrc.rank"), float)
+    rank: int | float = keys.get("lrc.rank", float if share else int, 0)
+    if rank:
+        check_rank(rank)
+    return rank
 
 
 # ----------------------------------------------------------------------------------------------------------- tensors
@@ -297,7 +307,7 @@ def _assemble(
 ) -> PreTrainedModel:
     finest = max((form.granularity, *(m.granularity for m in matrices.values())), key=_GRANULARITIES.index)
     packed = all(len(m.codes) % CODES_PER_BYTE == 0 for m in matrices.values())
-    form = TernaryForm(norm=form.norm, granularity=finest, rotation=form.rotation, packed=packed)
+    form = replace(form, granularity=finest, packed=packed)
     own = form != TernaryForm(packed=packed)
     family = family_of(base)
     with torch.no_grad():
@@ -314,7 +324,11 @@ def _assemble(
                 bias = _float(keys, names[f"{name}.bias"], heads, f"{name}.bias", family)
             norm, rotation = linear.in_norm, bool(linear.rotation)
             if packed:
-                model.set_submodule(name, PackedBitLinear(codes, scale, bias, in_norm=norm, rotation=rotation))  # type: ignore[arg-type]
+                layer = PackedBitLinear(codes, scale, bias, in_norm=norm, rotation=rotation)  # type: ignore[arg-type]
+                if form.lrc_rank:
+                    u, v = (_float(keys, names[f"{name}.{key}"], heads, name, family) for key in ("lrc_u", "lrc_v"))
+                    layer = PackedBitLinearLRC(layer, u, v)
+                model.set_submodule(name, layer)
                 continue
             state |= {f"{name}.weight": master_of(codes, scale), f"{name}.{LAMBDA_KEY}": torch.ones(())}
             if bias is not None:

@@ -44,7 +44,7 @@ _OUTSIDE = {
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
-_INSIDE = re.compile(r"model\.layers\.(\d+)\.(.+?)(\.in_norm)?\.(weight|bias|eps)")
+_INSIDE = re.compile(r"model\.layers\.(\d+)\.(.+?)(\.in_norm)?\.(weight|bias|eps|lrc_u|lrc_v)")
 
 
 def gguf_name(family: str, name: str) -> str:

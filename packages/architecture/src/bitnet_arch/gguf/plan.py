@@ -1,7 +1,7 @@
 """What a GGUF file of a model directory must hold: its tensors, their encoding and its metadata."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from bitnet_arch.checkpoint import WeightReader, read_provenance
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import base_type, family_of, quantized_names
-from bitnet_arch.gguf.architectures import BITNET, check_architecture, model_keys
+from bitnet_arch.gguf.architectures import BITNET, model_keys, stored_rank
 from bitnet_arch.gguf.floats import EMBEDDING_TYPES, PLAIN, bf16_bytes, encode_float, tensor_bytes
 from bitnet_arch.gguf.names import LAYER_NAMES, gguf_name, interleave, rotary_heads
 from bitnet_arch.gguf.rope import FACTORS, head_width, llama3_factors, rope_of
 from bitnet_arch.gguf.tokenizer import read_tokenizer
 from bitnet_arch.gguf.types import BF16, BY_ID, F16, F32, I2_S, TYPES, choose_type, encode_i2_s, f16_scales
-from bitnet_arch.modeling import form_of
+from bitnet_arch.lrc.adapters import as_stored, layer_rank
+from bitnet_arch.modeling import TernaryForm, form_of
 from bitnet_arch.quant import GROUP, Granularity
 
 __all__ = [
@@ -27,13 +28,14 @@ __all__ = [
     "LAYER_NAMES",
     "PROVENANCE_KEY",
     "TensorPlan",
-    "check_architecture",
     "encode",
     "expected_metadata",
     "plan_tensors",
 ]
 
 PROVENANCE_KEY = "wrinklefree.provenance"
+EMBEDDINGS = ("token_embd.weight", "output.weight")
+"""The embedding and, where it is not the embedding, the head."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class TensorPlan:
         shape: its shape, row-major.
         ggml_id: its type.
         part: "float" for what is not ternary; "ternary" for a matrix with its scale; "codes" and "scale" for a matrix whose type
-            cannot hold its scales, which are a tensor of their own, `.scale`; "rope" for the factors of rotary frequencies.
+            cannot hold its scales, which are a tensor of their own, `.scale`; "rope" for the factors of rotary frequencies;
+            "adapter" for U `[out, rank]` or V `[in, rank]` of a low-rank correction.
         heads: how many heads' rows are reordered, see `bitnet_arch.gguf.names.rotary_heads`.
         offset: added to float values (Gemma's norms).
     """
@@ -55,17 +58,26 @@ class TensorPlan:
     name: str
     shape: tuple[int, ...]
     ggml_id: int
-    part: Literal["float", "ternary", "codes", "scale", "rope"] = "float"
+    part: Literal["float", "ternary", "codes", "scale", "rope", "adapter"] = "float"
     heads: int = 0
     offset: float = 0.0
 
 
-def plan_tensors(reader: WeightReader, requested: str, architecture: str = BITNET, embedding: str = "f16") -> Iterator[TensorPlan]:
+Choice = str | Callable[[str], str]
+"""The name of a type, or a function from a tensor's name in the file to one."""
+
+
+def plan_tensors(
+    reader: WeightReader, requested: Choice, architecture: str = BITNET, embedding: Choice = "f16"
+) -> Iterator[TensorPlan]:
     """Yield the tensors of a file whose quantised matrices have the type `requested` (or "auto").
 
     Scales are where the type has room for them: TQ1_0 and TQ2_0 blocks of 256 and Q2_0 blocks of 64 hold the scale of a tensor or a
     row, Q2_0 blocks that of a group of 128, too; I2_S holds a tensor's. "auto" takes what has room, because a block's f16 needs no
     other code in an engine. Asked for by name, the other types get scales of 1 and a float32 tensor `.scale`.
+
+    A low-rank correction is two f16 tensors, `.lrc_u` `[out, rank]` and `.lrc_v` `[in, rank]`. Adapters that a directory keeps in
+    int8 are written as what their codes stand for, rounded to f16.
 
     Args:
         reader: the directory.
@@ -76,8 +88,8 @@ def plan_tensors(reader: WeightReader, requested: str, architecture: str = BITNE
     Raises:
         UserError: for an unknown type, or a width that a type cannot have.
     """
-    if embedding not in EMBEDDING_TYPES:
-        raise UserError(f"unknown type {embedding!r} of embeddings: choose {', '.join(EMBEDDING_TYPES)}")
+    kind_of = (lambda _: requested) if isinstance(requested, str) else requested
+    embedding_of = (lambda _: embedding) if isinstance(embedding, str) else embedding
     config = reader.model_config
     family, kind = family_of(config), base_type(config)
     model = _unpacked_skeleton(config)
@@ -93,15 +105,34 @@ def plan_tensors(reader: WeightReader, requested: str, architecture: str = BITNE
         name = gguf_name(kind, source)
         heads = rotary_heads(config, source) if architecture == "llama" else 0
         if source in matrices:
-            yield from _matrix_plans(reader.granularity, TensorPlan(source, name, shape, F32, heads=heads), requested)
-            continue
-        ggml_id = EMBEDDING_TYPES[embedding] if name in ("token_embd.weight", "output.weight") else F32
-        if tensor_bytes(ggml_id, shape) is None:
-            raise UserError(f"{name} has rows of {shape[-1]}, which {embedding.upper()} cannot have: choose f16 or q8_0")
-        gain = source.endswith("norm.weight") and ".in_norm." not in source
-        yield TensorPlan(source, name, shape, ggml_id, heads=heads, offset=family.norm_offset if gain else 0.0)
+            yield from _matrix_plans(reader.granularity, TensorPlan(source, name, shape, F32, heads=heads), kind_of(name))
+        elif source.endswith((".lrc_u", ".lrc_v")):
+            _check_rank(config, tensors, source)
+            yield TensorPlan(source, name, shape, F16, "adapter")
+        elif name in EMBEDDINGS:
+            yield TensorPlan(source, name, shape, _embedding_type(embedding_of(name), name, shape))
+        else:
+            gain = source.endswith("norm.weight") and ".in_norm." not in source
+            yield TensorPlan(source, name, shape, F32, heads=heads, offset=family.norm_offset if gain else 0.0)
     if rope_of(config).get("rope_type") == "llama3":
         yield TensorPlan("rope_parameters", FACTORS, (head_width(config) // 2,), F32, "rope")
+
+
+def _embedding_type(requested: str, name: str, shape: tuple[int, ...]) -> int:
+    if requested not in EMBEDDING_TYPES:
+        raise UserError(f"unknown type {requested!r} of embeddings: choose {', '.join(EMBEDDING_TYPES)}")
+    ggml_id = EMBEDDING_TYPES[requested]
+    if tensor_bytes(ggml_id, shape) is None:
+        raise UserError(f"{name} has rows of {shape[-1]}, which {requested.upper()} cannot have: choose f16 or q8_0")
+    return ggml_id
+
+
+def _check_rank(config: Any, tensors: dict[str, tuple[int, ...]], source: str) -> None:
+    """Refuse a rank that is a share which 32 bits, as the file's key has, would read as another rank of some layer."""
+    form = form_of(config) or TernaryForm()
+    rows, columns = tensors[source.rsplit(".", 1)[0] + ".weight"]
+    if layer_rank(stored_rank(form.lrc_rank), columns, rows) != tensors[source][1]:
+        raise UserError(f"a rank of {form.lrc_rank!r} cannot be held in 32 bits: choose a whole number or fewer digits")
 
 
 def _matrix_plans(granularity: Granularity, base: TensorPlan, requested: str) -> Iterator[TensorPlan]:
@@ -137,9 +168,12 @@ def encode(reader: WeightReader, plan: TensorPlan) -> NDArray[Any]:
     """
     if plan.part == "rope":
         return llama3_factors(rope_of(reader.model_config), head_width(reader.model_config))
-    if plan.part != "float":
+    if plan.part not in ("float", "adapter"):
         return _encode_matrix(reader, plan)
-    values: NDArray[np.float32] = reader.get(plan.source).float().reshape(plan.shape).contiguous().numpy()
+    tensor = reader.get(plan.source).float()
+    if plan.part == "adapter":
+        tensor = as_stored(tensor, (form_of(reader.model_config) or TernaryForm()).lrc_dtype)
+    values: NDArray[np.float32] = tensor.reshape(plan.shape).contiguous().numpy()
     data = encode_float(interleave(values, plan.heads) + np.float32(plan.offset), plan.ggml_id)
     if not np.isfinite(data if plan.ggml_id in PLAIN else values).all():
         raise UserError(f"{plan.source} holds values that f16 or f32 cannot: the checkpoint is damaged or out of range")

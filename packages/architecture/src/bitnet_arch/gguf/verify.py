@@ -4,39 +4,42 @@ This catches what no comparison of logits can: a scale off by 1%, one sign in a 
 matrix whose scale a following norm cancels.
 """
 
-from dataclasses import replace
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bitnet_arch.checkpoint import WeightReader
-from bitnet_arch.gguf.architectures import BITNET
+from bitnet_arch.gguf.architectures import written_architecture
+from bitnet_arch.gguf.floats import EMBEDDING_TYPES, TYPE_NAMES
 from bitnet_arch.gguf.plan import TensorPlan, encode, expected_metadata, plan_tensors, stored_matrix
 from bitnet_arch.gguf.reader import GgufFile, read_gguf
-from bitnet_arch.gguf.types import BY_ID, F16, f16_scale
+from bitnet_arch.gguf.types import BY_ID, MATRIX_TYPES, f16_scale
 
 
 def file_differences(
-    reader: WeightReader, path: Path | str, plans: list[TensorPlan] | None = None, architecture: str = BITNET
+    reader: WeightReader, path: Path | str, plans: list[TensorPlan] | None = None, architecture: str | None = None
 ) -> list[str]:
     """Return the tensors and keys in which a file differs from its source, none if it is right.
 
     Args:
         reader: the opened model directory.
         path: the GGUF file.
-        plans: what the file must hold; by default the directory's tensors as llama.cpp's `bitnet` has them, the quantised matrices
-            in F16 or any of its ternary types.
-        architecture: what it must be.
+        plans: what the file must hold; by default the directory's tensors, the quantised matrices and embeddings in whatever type
+            that `export_gguf` offers the file has them.
+        architecture: what it must be; by default what it is, if that can hold the model.
 
     Returns:
         Tensor names, and keys as `key NAME`; keys that the exporter does not write are ignored.
 
     Raises:
-        UserError: if the file cannot be parsed.
+        UserError: if the file cannot be parsed, or no file can hold the directory's model.
     """
     written = read_gguf(path)
-    plans = _plans_as_written(reader, written) if plans is None else plans
+    if architecture is None:
+        architecture = written_architecture(reader, written.metadata.get("general.architecture"))
+    plans = plans_as_written(reader, written, architecture) if plans is None else plans
     differences = sorted(set(written.tensors) ^ {plan.name for plan in plans})
     differences += [plan.name for plan in plans if plan.name in written.tensors and not _same_tensor(reader, plan, written)]
     for key, value in expected_metadata(reader, architecture).items():
@@ -45,13 +48,23 @@ def file_differences(
     return differences
 
 
-def _plans_as_written(reader: WeightReader, written: GgufFile) -> list[TensorPlan]:
-    plans = []
-    for plan in plan_tensors(reader, "f16"):
-        info = written.tensors.get(plan.name)
-        exact = plan.part == "ternary" and info is not None and (info.ggml_id in BY_ID or info.ggml_id == F16)
-        plans.append(replace(plan, ggml_id=info.ggml_id) if info and exact else plan)
-    return plans
+def plans_as_written(reader: WeightReader, written: GgufFile, architecture: str) -> list[TensorPlan]:
+    """Return what a file of this directory must hold, with the types that a file has where they are types that we write.
+
+    Raises:
+        UserError: if the directory contradicts itself.
+    """
+
+    def found(name: str, known: Collection[str]) -> str:
+        # A type that the reader has parsed fits the width that the file claims, and another model's may have another.
+        info = written.tensors.get(name)
+        kind = "f16" if info is None else TYPE_NAMES[info.ggml_id]
+        return kind if info is not None and kind in known and info.shape == shapes[name] else "f16"
+
+    shapes = {plan.name: plan.shape for plan in plan_tensors(reader, "f16", architecture)}
+    return list(
+        plan_tensors(reader, lambda name: found(name, MATRIX_TYPES), architecture, lambda name: found(name, EMBEDDING_TYPES))
+    )
 
 
 def _same_tensor(reader: WeightReader, plan: TensorPlan, written: GgufFile) -> bool:

@@ -2,7 +2,7 @@
 
 from bitnet_arch.parity.emulate import emulated_model
 from bitnet_arch.parity.forwards import FORWARDS, Forward
-from bitnet_arch.parity.gate import Engine, EngineInfo, run_gate, tensor_types
+from bitnet_arch.parity.gate import Engine, EngineInfo, no_engine, run_gate, tensor_types
 from bitnet_arch.parity.layerwise import LayerDifference, compare_linear
 from bitnet_arch.parity.measure import Comparison, compare, summarize
 from bitnet_arch.parity.report import Check, ParityBounds, ParityError, ParityReport
@@ -24,6 +24,7 @@ __all__ = [
     "compare_linear",
     "differing_lines",
     "emulated_model",
+    "no_engine",
     "run_gate",
     "summarize",
     "tensor_types",

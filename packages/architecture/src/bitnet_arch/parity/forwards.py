@@ -9,36 +9,69 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitnet_arch.bitlinear import BitLinear
+from bitnet_arch.gguf.types import BF16, I2_S
+from bitnet_arch.hadamard import rotate
+from bitnet_arch.lrc.adapters import AdapterDtype, correction
+from bitnet_arch.norm import SubLN
 from bitnet_arch.packed import PackedBitLinear
 from bitnet_arch.parity.activations import BY_WEIGHT_TYPE, Rounding, identity
-from bitnet_arch.quant import fake_quant_activation
+from bitnet_arch.quant import Granularity, expand_scale, fake_quant_activation
 
 ONE_ULP = 2.0**-23
 
 
+@dataclass(frozen=True, kw_only=True)
+class Dress:
+    """What a ternary layer of our own form does around its product.
+
+    Attributes:
+        in_norm: the norm of its input, or None.
+        rotation: whether the input is rotated.
+        adapters: U `[out, rank]` and V `[in, rank]` of its low-rank correction and what they are stored in, or None.
+    """
+
+    in_norm: SubLN | None = None
+    rotation: bool = False
+    adapters: tuple[Tensor, Tensor, AdapterDtype] | None = None
+
+    def __bool__(self) -> bool:
+        """Whether it does anything."""
+        return self.in_norm is not None or self.rotation or self.adapters is not None
+
+
 @dataclass(frozen=True)
 class TernaryWeight:
-    """One quantised matrix.
+    """One quantised matrix, and what surrounds its product.
 
     Attributes:
         codes: int8 `[out, in]`.
-        scale: 0-dim float32 that multiplies them.
+        scale: float32 that multiplies them, in a shape of `bitnet_arch.quant.absmean_scale`.
         master: the float matrix `[out, in]` they were made of; None in a packed directory.
         ggml_id: its type in the GGUF file.
+        bias: float32 `[out]`, or None.
+        granularity: how many weights share a scale.
+        dress: what surrounds the product.
     """
 
     codes: Tensor
     scale: Tensor
     master: Tensor | None
     ggml_id: int
+    bias: Tensor | None = None
+    granularity: Granularity = "tensor"
+    dress: Dress = Dress()
 
     def dequantized(self) -> Tensor:
         """Return codes x scale, float32, as training computes it."""
-        return self.codes.float() * self.scale
+        return self.codes.float() * expand_scale(self.scale, self.codes.shape[1])
 
     def stored(self) -> Tensor:
-        """Return codes x scale rounded to f16, float32, as a GGUF file holds it."""
-        return self.codes.float() * self.scale.half().float()
+        """Return codes x scale, float32, as a GGUF file holds it: scales in f16, of BF16 products in bf16, of I2_S as they are."""
+        if self.ggml_id == I2_S:
+            return self.dequantized()
+        if self.ggml_id == BF16:
+            return self.dequantized().bfloat16().float()
+        return self.codes.float() * expand_scale(self.scale.half().float(), self.codes.shape[1])
 
 
 class RoundedLinear(nn.Module):
@@ -47,18 +80,48 @@ class RoundedLinear(nn.Module):
     Attributes:
         weight: float `[out, in]`.
         rounding: applied to the input.
+        bias: float `[out]`, or None.
     """
 
     weight: Tensor
+    bias: Tensor | None
 
-    def __init__(self, weight: Tensor, rounding: Rounding) -> None:
+    def __init__(self, weight: Tensor, rounding: Rounding, bias: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
         self.rounding = rounding
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in]` to `[..., out]` in x's dtype."""
-        return F.linear(self.rounding(x), self.weight)
+        return F.linear(self.rounding(x), self.weight, self.bias)
+
+
+class Dressed(nn.Module):
+    """A product with a layer's norm, rotation and low-rank correction around it, in the order of `BitLinear` and `BitLinearLRC`.
+
+    Attributes:
+        core: the product.
+        dress: what surrounds it.
+    """
+
+    def __init__(self, core: nn.Module, dress: Dress) -> None:
+        super().__init__()
+        self.core, self.in_norm, self.rotation = core, dress.in_norm, dress.rotation
+        self.lrc_dtype: AdapterDtype = dress.adapters[2] if dress.adapters else "float16"
+        self.register_buffer("lrc_u", dress.adapters[0] if dress.adapters else None)
+        self.register_buffer("lrc_v", dress.adapters[1] if dress.adapters else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., in]` to `[..., out]` in x's dtype."""
+        if self.in_norm is not None:
+            x = self.in_norm(x)
+        if self.rotation:
+            x = rotate(x)
+        y: Tensor = self.core(x)
+        if isinstance(self.lrc_u, Tensor) and isinstance(self.lrc_v, Tensor):
+            y = y + correction(x, self.lrc_u, self.lrc_v, self.lrc_dtype)
+        return y
 
 
 class Perturbed(nn.Module):
@@ -91,6 +154,7 @@ def use_half_cache(attention: nn.Module) -> None:
 
 
 LinearBuilder = Callable[[TernaryWeight], nn.Module]
+"""Builds the product of a quantised matrix, without its dress."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +164,16 @@ class Forward:
     Attributes:
         linear: builds the layer that stands for a quantised matrix.
         dtype: of the residual stream and the layers.
-        half_embedding: whether embeddings (and a tied head) are rounded to f16, as a GGUF file stores them.
+        stored_embedding: whether embeddings and head are rounded as the GGUF file's types for them do.
+        rounded_head: whether the head's input is rounded as llama.cpp does for the head's type.
         half_cache: whether keys and values are rounded to f16, as in llama.cpp's cache.
         noise_seed: if given, every quantised layer's input is perturbed by one unit in the last place.
     """
 
     linear: LinearBuilder
     dtype: torch.dtype = torch.float32
-    half_embedding: bool = False
+    stored_embedding: bool = False
+    rounded_head: bool = False
     half_cache: bool = False
     noise_seed: int | None = None
 
@@ -115,31 +181,34 @@ class Forward:
 def training_linear(weight: TernaryWeight) -> nn.Module:
     """Return what training computes: `BitLinear`, or for a packed directory the same product with its fixed matrix."""
     if weight.master is None:
-        return RoundedLinear(weight.dequantized(), fake_quant_activation)
-    layer = BitLinear(weight.master.shape[1], weight.master.shape[0], bias=False, device="meta")
+        return RoundedLinear(weight.dequantized(), fake_quant_activation, weight.bias)
+    rows, columns = weight.master.shape
+    layer = BitLinear(columns, rows, bias=False, device="meta", granularity=weight.granularity)
     layer.weight = nn.Parameter(weight.master.float(), requires_grad=False)
+    if weight.bias is not None:
+        layer.bias = nn.Parameter(weight.bias, requires_grad=False)
     layer.quant_lambda = torch.ones(())
     return layer
 
 
 def packed_linear(weight: TernaryWeight) -> nn.Module:
     """Return the exact integer layer."""
-    return PackedBitLinear(weight.codes, weight.scale)
+    return PackedBitLinear(weight.codes, weight.scale, weight.bias)
 
 
 def unrounded_linear(weight: TernaryWeight) -> nn.Module:
     """Return training's layer without activation quantisation: a control."""
-    return RoundedLinear(weight.dequantized(), identity)
+    return RoundedLinear(weight.dequantized(), identity, weight.bias)
 
 
 def emulated_linear(weight: TernaryWeight) -> nn.Module:
     """Return what llama.cpp computes for the matrix's type in the file."""
-    return RoundedLinear(weight.stored(), BY_WEIGHT_TYPE[weight.ggml_id])
+    return RoundedLinear(weight.stored(), BY_WEIGHT_TYPE[weight.ggml_id], weight.bias)
 
 
 def emulated_unrounded_linear(weight: TernaryWeight) -> nn.Module:
     """Return the file's matrix without activation quantisation: a control."""
-    return RoundedLinear(weight.stored(), identity)
+    return RoundedLinear(weight.stored(), identity, weight.bias)
 
 
 def emulated_q4_0_linear(weight: TernaryWeight) -> nn.Module:
@@ -147,21 +216,31 @@ def emulated_q4_0_linear(weight: TernaryWeight) -> nn.Module:
     blocks = weight.stored().unflatten(-1, (-1, 32)) if weight.codes.shape[1] % 32 == 0 else weight.stored().unsqueeze(-2)
     extreme = blocks.gather(-1, blocks.abs().argmax(dim=-1, keepdim=True))
     distorted = torch.where(blocks * extreme < 0, blocks * 0.875, blocks)
-    return RoundedLinear(distorted.flatten(-2), BY_WEIGHT_TYPE[weight.ggml_id])
+    return RoundedLinear(distorted.flatten(-2), BY_WEIGHT_TYPE[weight.ggml_id], weight.bias)
 
 
 PERTURBATIONS = 3
 
-FORWARDS: dict[str, Forward] = {
+TRAINING: dict[str, Forward] = {
     "training": Forward(training_linear),
     "training in float64": Forward(training_linear, dtype=torch.float64),
     **{f"training perturbed {seed}": Forward(training_linear, noise_seed=seed) for seed in range(PERTURBATIONS)},
     "training without activation quantisation": Forward(unrounded_linear),
     "packed": Forward(packed_linear),
-    "emulated": Forward(emulated_linear, half_embedding=True, half_cache=True),
-    "emulated with float32 cache": Forward(emulated_linear, half_embedding=True),
-    "emulated without activation quantisation": Forward(emulated_unrounded_linear, half_embedding=True, half_cache=True),
-    "emulated with Q4_0": Forward(emulated_q4_0_linear, half_embedding=True, half_cache=True),
 }
-"""What the gate computes, by name. All come from the model directory, none from the file, so that a wrong file cannot widen
-its own bounds."""
+"""What needs no engine."""
+
+EMULATED: dict[str, Forward] = {
+    "training with the file's embeddings": Forward(training_linear, stored_embedding=True),
+    "emulated": Forward(emulated_linear, stored_embedding=True, rounded_head=True, half_cache=True),
+    "emulated with float32 cache": Forward(emulated_linear, stored_embedding=True, rounded_head=True),
+    "emulated without activation quantisation": Forward(
+        emulated_unrounded_linear, stored_embedding=True, rounded_head=True, half_cache=True
+    ),
+    "emulated with Q4_0": Forward(emulated_q4_0_linear, stored_embedding=True, rounded_head=True, half_cache=True),
+}
+"""What stands for an engine, and what it is told from."""
+
+FORWARDS: dict[str, Forward] = TRAINING | EMULATED
+"""What the gate computes, by name. All come from the model directory, and of the file only its tensors' types, so that a wrong file
+cannot widen its own bounds."""

@@ -7,14 +7,27 @@ against a torch emulation of its own activation handling; the engine against tra
 Fixed bounds on distributions fail right models: an int8 code at a rounding edge turns a difference in the last place into
 one in the last code, and deep or outlier-ridden models amplify that. So the same run measures how far rounding alone moves this
 model, and a bound widens to `floor_factor` times that (against training also to `handling_factor` times what the engine's
-rounding by blocks costs in torch). `engine.mean_kl` never widens beyond `resolution` of what Q4_0 in place of ternary would cost:
-there the report says unproven. The bounds against training have no such cap: on a model that rounding alone moves far they can be
-wide, and the report shows how wide. A check that such noise leaves open is undecided, and the report names it. All floors come from
-the model directory, so that a wrong file or engine cannot widen its own bounds.
+rounding by blocks costs in torch). No bound widens beyond its cap: `resolution` of what Q4_0 in place of ternary does to the same
+figure of the same model, or `perplexity_cap`. All floors and caps come from the model directory, so that a wrong file or engine
+cannot widen its own bounds.
+
+What the status says:
+
+* **failed**: a figure lies beyond its bound and beyond what rounding explains.
+* **proven**: an engine ran the file, on enough positions, and every figure lies within its bound. Only the two activation ratios
+  (`MAY_STAY_OPEN`) may be undecided; the reason then names them.
+* **unproven**: anything else, with the reason: no engine runs the file, too few positions, or a figure that rounding explains and a
+  wrong weight type would explain, too (undecided).
+
+Quantised embeddings (Q8_0, Q6_K, Q4_1) change the model by choice. The engine is then compared with training's forward *with the
+file's embeddings*, and what the embeddings themselves cost is measured, told in the reason and bounded by nothing.
+
+A file that no engine here runs (`wrinklefree`, or I2_S) is compared as far as that goes without one: bytes, the tokenizer that
+`tokenizer_from_gguf` rebuilds, layers, and the packed model.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +37,19 @@ from numpy.typing import NDArray
 
 from bitnet_arch.checkpoint import WeightReader, load_tokenizer, open_weights
 from bitnet_arch.errors import UserError
-from bitnet_arch.gguf.floats import TYPE_NAMES
-from bitnet_arch.gguf.plan import check_architecture
-from bitnet_arch.gguf.reader import read_gguf
-from bitnet_arch.gguf.types import BY_ID
-from bitnet_arch.gguf.verify import file_differences
-from bitnet_arch.parity.forwards import FORWARDS, PERTURBATIONS, Forward
+from bitnet_arch.families import family_of
+from bitnet_arch.gguf.architectures import OURS, written_architecture
+from bitnet_arch.gguf.floats import EMBEDDING_TYPES, TYPE_NAMES
+from bitnet_arch.gguf.plan import EMBEDDINGS
+from bitnet_arch.gguf.reader import GgufFile, read_gguf
+from bitnet_arch.gguf.tokenizer import tokenizer_from_gguf
+from bitnet_arch.gguf.types import BF16, BY_ID, F16, I2_S
+from bitnet_arch.gguf.verify import file_differences, plans_as_written
+from bitnet_arch.parity.activations import CODES
+from bitnet_arch.parity.forwards import FORWARDS, PERTURBATIONS, TRAINING, Forward
 from bitnet_arch.parity.layerwise import LayerDifference
 from bitnet_arch.parity.measure import Comparison, compare, summarize
-from bitnet_arch.parity.report import Check, ParityBounds, ParityReport, at_least, at_most
+from bitnet_arch.parity.report import MAY_STAY_OPEN, Check, ParityBounds, ParityReport, at_most, widened
 from bitnet_arch.parity.stream import LayerStream
 from bitnet_arch.parity.tokens import Tokenize, tokenizer_check
 
@@ -42,6 +59,7 @@ Engine = Callable[[list[int]], NDArray[np.float64]]
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, in all)."""
 
+CONTROL = "control: Q4_0"
 PAIRS = {
     "floor: float64": ("training", "training in float64"),
     **{f"floor: perturbed {seed}": ("training", f"training perturbed {seed}") for seed in range(PERTURBATIONS)},
@@ -50,11 +68,19 @@ PAIRS = {
     "emulation against training": ("training", "emulated"),
     "floor: f16 rounding": ("emulated", "emulated with float32 cache"),
     "emulation without activation quantisation": ("emulated", "emulated without activation quantisation"),
-    "control: Q4_0": ("emulated", "emulated with Q4_0"),
+    CONTROL: ("emulated", "emulated with Q4_0"),
     "engine against emulation": ("emulated", "engine"),
     "engine against emulation without activation quantisation": ("emulated without activation quantisation", "engine"),
     "engine against training": ("training", "engine"),
 }
+STORED = "training with the file's embeddings"
+EMBEDDING_PAIRS = {
+    "embeddings against training": ("training", STORED),
+    "emulation against training": (STORED, "emulated"),
+    "engine against training": (STORED, "engine"),
+}
+"""What is compared, too or instead, when embeddings are quantised."""
+
 FLOORS = [name for name in PAIRS if name.startswith("floor: ") and PAIRS[name][0] == "training"]
 MAX_LOGPROBS = 1 << 21
 """Log-probabilities of one forward that are held at a time."""
@@ -82,16 +108,37 @@ class EngineInfo:
 
 @dataclass
 class _Measured:
+    """What a run found.
+
+    Attributes:
+        differences: tensors and keys in which the file differs from its source.
+        layers: packed layers against fake-quantised ones.
+        tokenizer: the comparison of tokens, if there was one.
+        by_engine: whether an engine took part.
+        comparisons: distances between forwards, by name.
+    """
+
     differences: list[str]
     layers: LayerDifference
     tokenizer: Check | None
+    by_engine: bool
     comparisons: dict[str, Comparison] = field(default_factory=dict)
+
+
+def no_engine(gguf_path: Path | str) -> str | None:
+    """Return in a clause why no engine that this project can start runs a file; None if llama.cpp does."""
+    file = read_gguf(gguf_path)
+    if file.metadata.get("general.architecture") == OURS:
+        return f"no engine here runs the architecture {OURS!r}, which holds what llama.cpp's cannot"
+    if any(info.ggml_id == I2_S for info in file.tensors.values()):
+        return "no engine here runs I2_S, which only bitnet.cpp loads"
+    return None
 
 
 def run_gate(
     directory: Path | str,
     gguf_path: Path | str,
-    engine: EngineInfo,
+    engine: EngineInfo | None,
     windows: list[list[int]],
     bounds: ParityBounds | None = None,
     progress: Progress | None = None,
@@ -102,53 +149,100 @@ def run_gate(
     Args:
         directory: the model directory (master or packed).
         gguf_path: the file.
-        engine: an engine that has loaded the file.
+        engine: an engine that has loaded the file; None if none runs it, and then the status is at best "unproven".
         windows: token ids, all of one length of at least 2; each is a context of its own, and its last token is only a target.
         bounds: what to decide by.
         progress: told of the stages.
         forwards: replaces `FORWARDS`, for independent controls.
 
     Raises:
-        UserError: if the windows are empty or uneven, or the directory or file cannot be read.
+        UserError: if the windows are empty or uneven, the directory or file cannot be read, or an engine is given for a file that
+            cannot be emulated.
     """
     bounds, report_progress = bounds or ParityBounds(), progress or (lambda *_: None)
     if not windows or len({len(window) for window in windows}) != 1 or len(windows[0]) < 2:
         raise UserError("the parity gate needs token windows of one length of at least 2")
+    if engine is not None and (why := no_engine(gguf_path)) is not None:
+        raise UserError(f"{gguf_path} cannot be compared with an engine: {why}")
     with open_weights(directory) as reader:
-        check_architecture(reader)
         report_progress("bytes", 0, 1)
         differences = file_differences(reader, gguf_path)
         report_progress("bytes", 1, 1)
-        tokenizer = _tokenizer_check(engine, reader)
+        tokenizer = _tokenizer_check(engine, reader, gguf_path)
+        written = read_gguf(gguf_path)
+        pairs = PAIRS | (EMBEDDING_PAIRS if engine is not None and quantised_embeddings(written) else {})
+        forwards = {n: f for n, f in (forwards or FORWARDS).items() if n in TRAINING or (engine is not None and n in _names(pairs))}
         ids = torch.tensor(windows)
-        stream = LayerStream(reader, gguf_path, ids[:, :-1], forwards or FORWARDS)
+        stream = LayerStream(reader, stored_types(reader, written), ids[:, :-1], forwards)
         layers = stream.run(bounds.code_edge, lambda done, of: report_progress("layers", done, of))
-        measured = _Measured(differences, layers, tokenizer)
-        parts: dict[str, list[NDArray[np.float64]]] = {name: [] for name in PAIRS}
-        for index, window in enumerate(windows):
-            report_progress("engine", index, len(windows))
-            engine_rows, targets = _engine_rows(engine, window[:-1], reader), ids[index, 1:].numpy()
-            step = max(1, MAX_LOGPROBS // engine_rows.shape[1])
-            for start in range(0, len(targets), step):
-                rows = slice(start, start + step)
-                found = {name: stream.logprobs(name, index, rows) for name in stream.forwards} | {"engine": engine_rows[rows]}
-                for name, (p, q) in PAIRS.items():
-                    parts[name].append(compare(found[p], found[q], targets[rows]))
-        report_progress("engine", len(windows), len(windows))
-        measured.comparisons = {name: summarize(rows) for name, rows in parts.items()}
-    return _report(gguf_path, engine, measured, bounds)
+        measured = _Measured(differences, layers, tokenizer, engine is not None)
+        measured.comparisons = _compare(stream, engine, pairs, ids, report_progress)
+    return _report(written, engine, measured, bounds, ids[:, 1:].numel())
 
 
-def _tokenizer_check(engine: EngineInfo, reader: WeightReader) -> Check | None:
-    if engine.tokenize is None:
-        return None
+def _names(pairs: dict[str, tuple[str, str]]) -> set[str]:
+    return {name for pair in pairs.values() for name in pair}
+
+
+def _compare(
+    stream: LayerStream, engine: EngineInfo | None, pairs: dict[str, tuple[str, str]], ids: torch.Tensor, progress: Progress
+) -> dict[str, Comparison]:
+    """Return the distances between forwards, and to the engine, that a finished stream allows."""
+    known = {*stream.forwards} | ({"engine"} if engine is not None else set())
+    parts: dict[str, list[NDArray[np.float64]]] = {name: [] for name, (p, q) in pairs.items() if p in known and q in known}
+    vocabulary = int(stream.reader.model_config.vocab_size)
+    for index, window in enumerate(ids):
+        progress("engine", index, len(ids))
+        rows_of = None if engine is None else _engine_rows(engine, window[:-1].tolist(), vocabulary)
+        targets = window[1:].numpy()
+        step = max(1, MAX_LOGPROBS // vocabulary)
+        for start in range(0, len(targets), step):
+            rows = slice(start, start + step)
+            found = {name: stream.logprobs(name, index, rows) for name in stream.forwards}
+            if rows_of is not None:
+                found["engine"] = rows_of[rows]
+            for name in parts:
+                p, q = pairs[name]
+                parts[name].append(compare(found[p], found[q], targets[rows]))
+    progress("engine", len(ids), len(ids))
+    return {name: summarize(rows) for name, rows in parts.items()}
+
+
+def stored_types(reader: WeightReader, written: GgufFile) -> dict[str, int]:
+    """Return the ggml type that a file gives each matrix, the embedding and the head, by their names in the directory.
+
+    What the file lacks or has in a type that is never written, which the comparison of bytes tells, counts as F16.
+    """
+    plans = plans_as_written(reader, written, written_architecture(reader, written.metadata.get("general.architecture")))
+    family = family_of(reader.model_config)
+    types = {plan.source: plan.ggml_id for plan in plans if plan.part in ("ternary", "codes")}
+    return types | {p.source: p.ggml_id for p in plans if p.source in (f"{family.embedding}.weight", f"{family.head}.weight")}
+
+
+def quantised_embeddings(written: GgufFile) -> list[str]:
+    """Return the names of the types of a file's embedding and head that are coarser than 16 bits."""
+    found = {written.tensors[name].ggml_id for name in EMBEDDINGS if name in written.tensors}
+    return sorted(TYPE_NAMES[kind] for kind in found if kind in EMBEDDING_TYPES.values() and kind not in (F16, BF16))
+
+
+def _tokenizer_check(engine: EngineInfo | None, reader: WeightReader, gguf_path: Path | str) -> Check | None:
     tokenizer = load_tokenizer(reader.directory)
-    return tokenizer_check(lambda text: list(tokenizer(text).input_ids), engine.tokenize)
+
+    def expected(text: str) -> list[int]:
+        return list(tokenizer(text).input_ids)
+
+    if engine is not None:
+        return None if engine.tokenize is None else tokenizer_check(expected, engine.tokenize)
+    try:
+        rebuilt = tokenizer_from_gguf(gguf_path)
+    except UserError as error:
+        return at_most("tokenizer", 1, 0, str(error))
+    return tokenizer_check(expected, lambda text: list(rebuilt(text).input_ids))
 
 
-def _engine_rows(engine: EngineInfo, ids: list[int], reader: WeightReader) -> NDArray[np.float64]:
+def _engine_rows(engine: EngineInfo, ids: list[int], vocabulary: int) -> NDArray[np.float64]:
     rows = engine.run(ids)
-    expected = (len(ids), reader.model_config.vocab_size)
+    expected = (len(ids), vocabulary)
     if rows.shape != expected:
         raise ValueError(f"{engine.name} returned distributions of shape {rows.shape}, not {expected}")
     return rows
@@ -159,50 +253,63 @@ def tensor_types(gguf_path: Path | str) -> dict[str, str]:
     return {name: TYPE_NAMES[info.ggml_id] for name, info in read_gguf(gguf_path).tensors.items()}
 
 
-def _report(gguf_path: Path | str, engine: EngineInfo, measured: _Measured, bounds: ParityBounds) -> ParityReport:
-    types = tensor_types(gguf_path)
-    ternary = any(kind in {k.name for k in BY_ID.values()} for kind in types.values())
-    positions = measured.comparisons["engine against training"].positions
+def _report(
+    written: GgufFile, engine: EngineInfo | None, measured: _Measured, bounds: ParityBounds, positions: int
+) -> ParityReport:
+    found, matrices = measured.comparisons, {i.ggml_id for n, i in written.tensors.items() if n not in EMBEDDINGS}
+    heads = {info.ggml_id for name, info in written.tensors.items() if name in EMBEDDINGS}
     checks = [
         *_byte_and_layer_checks(measured, bounds),
         *([measured.tokenizer] if measured.tokenizer else []),
-        *_end_to_end_checks(measured.comparisons, bounds),
-        *_engine_checks(measured.comparisons, bounds, ternary),
-        *_training_checks(measured.comparisons, bounds),
+        *_end_to_end_checks(found, bounds),
     ]
+    if engine is not None:
+        checks += _engine_checks(found, bounds, bool((matrices | heads) & CODES), bool(matrices & set(BY_ID)))
+        checks += _training_checks(found, bounds)
     details: dict[str, Any] = {"worst_layer": measured.layers.worst, "layers": measured.layers.layers}
     if measured.differences:
         details["differences"] = measured.differences
     report = ParityReport(
         status="proven",
         reason="",
-        engine=engine.name,
-        engine_version=engine.version,
+        engine=engine.name if engine else "",
+        engine_version=engine.version if engine else "",
         positions=positions,
-        types=types,
+        types={name: TYPE_NAMES[info.ggml_id] for name, info in written.tensors.items()},
         checks=checks,
-        measurements={name: comparison.to_json() for name, comparison in measured.comparisons.items()},
+        measurements={name: comparison.to_json() for name, comparison in found.items()},
         details=details,
     )
-    return _with_status(report, measured, bounds)
+    return _with_status(report, written, measured, bounds)
 
 
-def _with_status(report: ParityReport, measured: _Measured, bounds: ParityBounds) -> ParityReport:
-    missed = [check for check in report.checks if check.holds is False and check.name != "resolution"]
-    status, reason = report.status, ""
+def _with_status(report: ParityReport, written: GgufFile, measured: _Measured, bounds: ParityBounds) -> ParityReport:
+    """Decide the status by the rule in this module's docstring."""
+    missed = [check for check in report.checks if check.holds is False]
+    undecided = report.undecided_checks()
+    blocking = [name for name in undecided if name not in MAY_STAY_OPEN]
     if missed:
-        status, reason = "failed", _describe(missed[0], measured)
+        reason = _describe(missed[0], measured)
         if len(missed) > 1:
             reason += f" (and {len(missed) - 1} more: {', '.join(check.name for check in missed[1:])})"
-    elif "resolution" in report.failed_checks():
-        status = "unproven"
-        reason = "rounding alone moves this model about as far as a wrong weight type would, so logits cannot prove it"
-    elif report.positions < bounds.min_positions:
-        status = "unproven"
+        return replace(report, status="failed", reason=reason)
+    if not report.engine:
+        why = no_engine(written.path) or "no engine ran the file"
+        return replace(report, status="unproven", reason=f"{why}: bytes, tokens, layers and the packed model were compared")
+    if report.positions < bounds.min_positions:
         reason = f"only {report.positions} positions were compared, and a proof needs {bounds.min_positions}"
-    elif undecided := report.undecided_checks():
-        reason = f"rounding moves this model too far to decide {' and '.join(undecided)}"
-    return ParityReport(**{**{f: getattr(report, f) for f in report.__dataclass_fields__}, "status": status, "reason": reason})
+        return replace(report, status="unproven", reason=reason)
+    if blocking:
+        names = " and ".join(blocking)
+        reason = f"rounding alone moves this model about as far as a wrong weight type would, so {names} cannot be decided"
+        return replace(report, status="unproven", reason=reason)
+    reasons = []
+    if undecided:
+        reasons.append(f"rounding moves this model too far to decide {' and '.join(undecided)}")
+    if cost := measured.comparisons.get("embeddings against training"):
+        types = " and ".join(quantised_embeddings(written))
+        reasons.append(f"{types} embeddings alone change perplexity by {100 * (cost.perplexity_ratio - 1):+.2g}%")
+    return replace(report, reason="; ".join(reasons))
 
 
 def _describe(check: Check, measured: _Measured) -> str:
@@ -211,7 +318,8 @@ def _describe(check: Check, measured: _Measured) -> str:
             f" and {len(measured.differences) - 3} more" if len(measured.differences) > 3 else ""
         )
     if check.name == "tokenizer":
-        return f"the engine cuts text into other tokens than the model's tokenizer, {check.note}"
+        who = "engine" if measured.by_engine else "file"
+        return f"the {who} cuts text into other tokens than the model's tokenizer, {check.note}"
     side = "above" if check.op == "<=" else "below"
     value = "not a number" if check.value is None else f"{check.value:.3g}, {side} its bound {check.bound:.3g}"
     return f"{check.name} is {value}"
@@ -230,30 +338,42 @@ def _end_to_end_checks(found: dict[str, Comparison], bounds: ParityBounds) -> li
     floor = max(found[name].mean_kl for name in FLOORS)
     margin = max(found[name].flip_margin for name in FLOORS)
     ratio = at_most("packed.activation_ratio", packed.mean_kl / max(off, NEGLIGIBLE_KL), bounds.end_to_end_off)
+    control, factor = found.get(CONTROL), bounds.floor_factor
+    mean_cap, margin_cap = _cap(control, bounds, "mean_kl"), _cap(control, bounds, "flip_margin")
+    default, note = factor * bounds.single_flip * off, f"floor {floor:.3g}"
     return [
-        at_most("packed.mean_kl", packed.mean_kl, bounds.floor_factor * max(floor, bounds.single_flip * off), f"floor {floor:.3g}"),
+        widened("packed.mean_kl", packed.mean_kl, "<=", default, factor * floor, mean_cap, note),
         _judged(ratio, off, floor, bounds, "whether packed layers quantise activations"),
-        at_most("packed.greedy_margin", packed.flip_margin, max(bounds.greedy_margin, bounds.floor_factor * margin)),
+        widened("packed.greedy_margin", packed.flip_margin, "<=", bounds.greedy_margin, factor * margin, margin_cap),
     ]
 
 
-def _engine_checks(found: dict[str, Comparison], bounds: ParityBounds, ternary: bool) -> list[Check]:
-    engine, floor, control = found["engine against emulation"], found["floor: f16 rounding"], found["control: Q4_0"]
-    default = (
+def _cap(control: Comparison | None, bounds: ParityBounds, figure: str) -> float | None:
+    """Return what a bound on a figure of a `Comparison` may widen to: a part of what Q4_0 in place of ternary makes of it."""
+    return None if control is None else bounds.resolution * float(getattr(control, figure))
+
+
+def _engine_checks(found: dict[str, Comparison], bounds: ParityBounds, codes: bool, ternary: bool) -> list[Check]:
+    """Compare the engine with its emulation.
+
+    Args:
+        found: distances.
+        bounds: what to decide by.
+        codes: whether the engine rounds any input to codes.
+        ternary: whether any matrix has a ternary type.
+    """
+    engine, floor, control = found["engine against emulation"], found["floor: f16 rounding"], found[CONTROL]
+    mean, largest, top1 = (
         (bounds.ternary_mean_kl, bounds.ternary_max_kl, bounds.ternary_top1)
-        if ternary
+        if codes
         else (bounds.f16_mean_kl, bounds.f16_max_kl, bounds.f16_top1)
     )
-    mean_bound = max(default[0], bounds.floor_factor * floor.mean_kl)
-    note = f"floor {floor.mean_kl:.3g}"
+    note, factor = f"floor {floor.mean_kl:.3g}", bounds.floor_factor
     checks = [
-        at_most("engine.mean_kl", abs(engine.mean_kl), mean_bound, note),
-        at_most("engine.max_kl", engine.max_kl, max(default[1], bounds.floor_factor * floor.max_kl), note),
-        at_least("engine.top1", engine.top1, min(default[2], 1 - bounds.floor_factor * (1 - floor.top1)), note),
+        widened("engine.mean_kl", abs(engine.mean_kl), "<=", mean, factor * floor.mean_kl, _cap(control, bounds, "mean_kl"), note),
+        widened("engine.max_kl", engine.max_kl, "<=", largest, factor * floor.max_kl, _cap(control, bounds, "max_kl"), note),
+        widened("engine.top1", engine.top1, ">=", top1, _explained_top1(floor, factor), _top1_cap(control, bounds), note),
     ]
-    if mean_bound > default[0]:
-        note = "engine.mean_kl's widened bound against what Q4_0 in place of ternary costs"
-        checks.append(at_most("resolution", mean_bound, bounds.resolution * control.mean_kl, note))
     if ternary:
         off = found["engine against emulation without activation quantisation"].mean_kl
         # Measured twice, so that neither an emulation nor an engine that quantises nothing can call the effect too small to see.
@@ -261,6 +381,15 @@ def _engine_checks(found: dict[str, Comparison], bounds: ParityBounds, ternary: 
         ratio = at_most("engine.activation_ratio", engine.mean_kl / max(off, NEGLIGIBLE_KL), bounds.activation_ratio)
         checks.append(_judged(ratio, effect, floor.mean_kl, bounds, "whether the engine quantises activations"))
     return checks
+
+
+def _explained_top1(noise: Comparison, factor: float) -> float:
+    """Return what share of equal choices rounding explains: on few positions, one tie is more than the default allows."""
+    return 1 - max(factor * (1 - noise.top1), 1 / noise.positions)
+
+
+def _top1_cap(control: Comparison, bounds: ParityBounds) -> float:
+    return 1 - bounds.resolution * (1 - control.top1)
 
 
 def _judged(ratio: Check, effect: float, floor: float, bounds: ParityBounds, question: str) -> Check:
@@ -272,22 +401,25 @@ def _judged(ratio: Check, effect: float, floor: float, bounds: ParityBounds, que
 
 
 def _training_checks(found: dict[str, Comparison], bounds: ParityBounds) -> list[Check]:
-    engine = found["engine against training"]
+    engine, control = found["engine against training"], found[CONTROL]
 
-    def widest(figure: Callable[[Comparison], float]) -> float:
+    def noise(figure: Callable[[Comparison], float]) -> float:
         # The engine rounds activations by blocks, training by tokens: what that difference costs in torch is expected here.
         rounding = bounds.floor_factor * max(figure(found[name]) for name in FLOORS)
         return max(rounding, bounds.handling_factor * figure(found["emulation against training"]))
 
-    mean_bound = max(bounds.training_mean_kl, widest(lambda c: c.mean_kl))
-    max_bound = max(bounds.training_max_kl, widest(lambda c: c.max_kl))
-    top1_bound = min(bounds.training_top1, 1 - widest(lambda c: 1 - c.top1))
-    margin_bound = max(bounds.sure_margin, widest(lambda c: c.flip_margin))
-    ratio_bound = max(bounds.perplexity, widest(lambda c: abs(c.perplexity_ratio - 1)))
+    def at_most_widened(name: str, figure: str, default: float, note: str = "") -> Check:
+        value, explained = abs(float(getattr(engine, figure))), noise(lambda c: float(getattr(c, figure)))
+        return widened(f"training.{name}", value, "<=", default, explained, _cap(control, bounds, figure), note)
+
+    off = abs(engine.perplexity_ratio - 1)
+    top1 = 1 - max(noise(lambda c: 1 - c.top1), 1 / engine.positions)
     return [
-        at_most("training.mean_kl", abs(engine.mean_kl), mean_bound),
-        at_most("training.max_kl", engine.max_kl, max_bound),
-        at_least("training.top1", engine.top1, top1_bound),
-        at_most("training.flip_margin", engine.flip_margin, margin_bound, "top-2 margin where the engine chose another token"),
-        at_most("training.perplexity", abs(engine.perplexity_ratio - 1), ratio_bound),
+        at_most_widened("mean_kl", "mean_kl", bounds.training_mean_kl),
+        at_most_widened("max_kl", "max_kl", bounds.training_max_kl),
+        widened("training.top1", engine.top1, ">=", bounds.training_top1, top1, _top1_cap(control, bounds)),
+        at_most_widened("flip_margin", "flip_margin", bounds.sure_margin, "top-2 margin where the engine chose another token"),
+        widened(
+            "training.perplexity", off, "<=", bounds.perplexity, noise(lambda c: abs(c.perplexity_ratio - 1)), bounds.perplexity_cap
+        ),
     ]

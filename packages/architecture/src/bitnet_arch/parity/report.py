@@ -1,7 +1,7 @@
 """What the parity gate decides by, and what it reports."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 Status = Literal["proven", "unproven", "failed"]
@@ -9,7 +9,7 @@ Status = Literal["proven", "unproven", "failed"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParityBounds:
-    """The gate's bounds. Those on distributions widen with the rounding noise that the same run measures, see `gate`.
+    """The gate's bounds. Those on distributions widen with the rounding noise that the same run measures, up to caps: see `gate`.
 
     Attributes:
         code_edge: distance from a rounding edge within which an activation code may fall on either side.
@@ -19,8 +19,8 @@ class ParityBounds:
         end_to_end_off: packed against training, as a fraction of what dropping activation quantisation costs.
         single_flip: the floor is never taken lower than this fraction of the same cost: on few positions one rounded code decides.
         greedy_margin: top-2 margin, in nats, below which packed and training may choose different tokens.
-        f16_mean_kl, f16_max_kl, f16_top1: the engine against its emulation, when every matrix is F16.
-        ternary_mean_kl, ternary_max_kl, ternary_top1: likewise, when some are ternary types.
+        f16_mean_kl, f16_max_kl, f16_top1: the engine against its emulation, when every matrix and the head is F16 or BF16.
+        ternary_mean_kl, ternary_max_kl, ternary_top1: likewise, when the engine rounds some matrix's or the head's input to codes.
         training_mean_kl, training_max_kl, training_top1: the engine against training's own forward.
         sure_margin: top-2 margin, in nats, from which on the engine must choose training's token.
         perplexity: largest |ratio - 1| of perplexities against training.
@@ -28,7 +28,9 @@ class ParityBounds:
             quantisation.
         decidable: that fraction and `end_to_end_off` are judged only where they leave this multiple of the floor, which is what a
             right engine or packed model may differ by (`floor_factor`); else they are reported as undecided.
-        resolution: bounds may widen up to this fraction of what Q4_0 in place of ternary costs; beyond, nothing is proven.
+        resolution: bounds on KL, on the share of equal choices and on margins widen up to this fraction of what Q4_0 in place of
+            ternary costs.
+        perplexity_cap: what the bound on |ratio - 1| of perplexities widens to: there Q4_0 can look right by chance.
         min_positions: positions that a proof needs.
     """
 
@@ -53,6 +55,7 @@ class ParityBounds:
     activation_ratio: float = 0.5
     decidable: float = 3.0
     resolution: float = 0.5
+    perplexity_cap: float = 0.05
     min_positions: int = 1000
 
 
@@ -65,7 +68,7 @@ class Check:
         value: the figure, or None if it was not a number.
         op: "<=" or ">=".
         bound: what it must not cross.
-        holds: whether it does not; None where this model cannot decide it.
+        holds: whether it does not; None where this model's rounding noise cannot decide it.
         note: why the bound is not the default one, or what the figure means.
     """
 
@@ -87,10 +90,45 @@ def at_least(name: str, value: float, bound: float, note: str = "") -> Check:
     return _check(name, float(value), ">=", float(bound), float(value) >= float(bound), note)
 
 
+def widened(
+    name: str, value: float, op: Literal["<=", ">="], default: float, noise: float, cap: float | None, note: str = ""
+) -> Check:
+    """Return a check of a figure whose bound widens from a default with what rounding explains, up to a cap.
+
+    Up to the bound it holds (a cap narrower than the default has no effect). Beyond what rounding explains it is missed. Between a
+    bound that was capped and what rounding explains it is undecided: there the figure is noise, or a wrong weight type.
+
+    Args:
+        name: the check.
+        value: the figure.
+        op: on which side of its bound it must lie.
+        default: the bound of a model that rounding does not move.
+        noise: how far rounding may move this one.
+        cap: how wide the bound may become, None for any.
+        note: what is said in any case.
+    """
+    wider, narrower, make = (max, min, at_most) if op == "<=" else (min, max, at_least)
+    explained = wider(default, noise)
+    bound = explained if cap is None else narrower(explained, wider(default, cap))
+    check = make(name, value, bound, note)
+    if check.holds:
+        return check
+    missed = make(name, value, explained, note)
+    if not missed.holds:
+        return missed
+    why = f"rounding explains figures up to {explained:.3g} here, and a wrong weight type those from {bound:.3g} on"
+    return replace(check, holds=None, note=f"{note}; {why}" if note else why)
+
+
 def _check(name: str, value: float, op: Literal["<=", ">="], bound: float, within: bool, note: str) -> Check:
     finite = math.isfinite(value)
     # A bound that is not a number compares as false, and so does not hold.
     return Check(name, value if finite else None, op, bound if math.isfinite(bound) else 0.0, finite and within, note)
+
+
+MAY_STAY_OPEN = ("packed.activation_ratio", "engine.activation_ratio")
+"""Checks that a proven file may leave undecided. They ask whether activations are quantised at all: of packed layers, the codes on
+identical inputs say so (`layers.*`); of an engine, it says nothing of the file."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +136,9 @@ class ParityReport:
     """What was compared and how it went.
 
     Attributes:
-        status: "proven" (an engine that this project did not write ran the file, and every bound that this model can decide holds
-            on enough positions), "unproven" (see `reason`) or "failed" (a bound is missed).
-        reason: one sentence; when proven, empty or what stayed undecided.
+        status: "proven" (an engine that this project did not write ran the file on enough positions, no bound is missed, and all
+            are decided but, at most, those of `MAY_STAY_OPEN`), "unproven" (see `reason`) or "failed" (a bound is missed).
+        reason: one sentence; when proven, empty, or what stayed undecided and what quantised embeddings cost.
         engine: the engine's name, empty if none ran.
         engine_version: its version.
         positions: how many next-token distributions were compared.

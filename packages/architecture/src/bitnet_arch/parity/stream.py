@@ -2,53 +2,76 @@
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from bitnet_arch.bitlinear import BitLinear, BitLinearLRC
 from bitnet_arch.checkpoint import WeightReader, skeleton
-from bitnet_arch.convert import is_quantized_linear
-from bitnet_arch.gguf.plan import plan_tensors
-from bitnet_arch.gguf.reader import read_gguf
-from bitnet_arch.gguf.types import BY_ID, F16
-from bitnet_arch.parity.forwards import Forward, Perturbed, TernaryWeight, use_half_cache
+from bitnet_arch.errors import UserError
+from bitnet_arch.families import family_of
+from bitnet_arch.gguf.floats import decode_float, encode_float
+from bitnet_arch.gguf.types import F16
+from bitnet_arch.norm import SubLN
+from bitnet_arch.packed import PackedBitLinear, PackedBitLinearLRC
+from bitnet_arch.parity.activations import BY_WEIGHT_TYPE
+from bitnet_arch.parity.forwards import Dress, Dressed, Forward, Perturbed, TernaryWeight, use_half_cache
 from bitnet_arch.parity.layerwise import LayerDifference, compare_linear
 
 LogProbs = NDArray[np.float64]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments and keywords of a block beside the hidden states: masks, positions, rotary tables, whatever its family hands to it."""
 
 
 class LayerStream:
     """Hidden states of several forwards over the same token windows, advanced layer by layer.
 
-    Peak memory is one layer in its widest form, the embedding twice, and the hidden states. The embedding is the head, as in every
-    model that a file can hold.
+    What enters the first block, and what each block is called with (its mask, sliding or not, and its rotary table), comes from the
+    model's own forward pass, run once with its blocks taken out; so every family of `bitnet_arch.families` whose blocks map hidden
+    states to hidden states can be run.
+
+    Peak memory is one layer in its widest form, the head in the forms that the forwards ask for, and the hidden states.
 
     Attributes:
         windows: int64 `[windows, time]`, each a context of its own.
         forwards: what to compute, by name.
     """
 
-    def __init__(self, reader: WeightReader, gguf_path: Path | str, windows: Tensor, forwards: dict[str, Forward]) -> None:
-        self.reader, self.windows, self.forwards = reader, windows, forwards
-        self.types = matrix_types(reader, gguf_path)
+    def __init__(self, reader: WeightReader, types: dict[str, int], windows: Tensor, forwards: dict[str, Forward]) -> None:
+        """Enter the model.
+
+        Args:
+            reader: the opened model directory.
+            types: the ggml type of each quantised matrix, of the embedding and of the head in the file, by their names in the
+                directory; F16 where a name is missing.
+            windows: int64 `[windows, time]`.
+            forwards: what to compute.
+
+        Raises:
+            UserError: for tokens that the model does not have, or a family whose blocks cannot be run one by one.
+        """
+        self.reader, self.windows, self.forwards, self.types = reader, windows, forwards, types
         self._skeleton: Any = skeleton(reader)
         self._skeleton.eval()
-        self._rotary = self._skeleton.model.rotary_emb
-        embedding = reader.get("model.embed_tokens.weight").float()
-        # By whether they are rounded to f16.
-        self._embedding = {False: embedding, True: embedding.half().float()}
+        self._family = family_of(self._skeleton.config)
         self._noise = {
             name: torch.Generator().manual_seed(forward.noise_seed)
             for name, forward in forwards.items()
             if forward.noise_seed is not None
         }
-        self.hidden = {
-            name: self._embedding[forward.half_embedding][windows].to(forward.dtype) for name, forward in forwards.items()
-        }
+        self._calls: dict[torch.dtype, list[Call]] = {}
+        self.hidden: dict[str, Tensor] = {}
+        entered: dict[tuple[bool, torch.dtype], Tensor] = {}
+        for name, forward in forwards.items():
+            form = forward.stored_embedding, forward.dtype
+            if form not in entered:
+                entered[form] = self._enter(*form)
+            self.hidden[name] = entered[form]
+        self._heads: dict[bool, Tensor] = {}
 
     @torch.no_grad()
     def run(self, code_edge: float, progress: Callable[[int, int], None] | None = None) -> LayerDifference:
@@ -59,17 +82,20 @@ class LayerStream:
             progress: called with (layers done, layers in all).
         """
         found = LayerDifference()
-        layers = self._skeleton.config.num_hidden_layers
+        layers = len(self._blocks())
         for index in range(layers):
             weights = self._matrices(index)
             for name in self.forwards:
                 layer = self._build(index, name, weights)
-                recorded = _record_inputs(layer) if name == "training" else {}
-                self.hidden[name] = self._advance(layer, self.hidden[name])
+                cores = {module: _core(layer.get_submodule(module)) for module in weights} if name == "training" else {}
+                recorded = _record_inputs(cores)
+                arguments, keywords = self._calls[self.forwards[name].dtype][index]
+                result = layer(self.hidden[name], *arguments, **keywords)
+                self.hidden[name] = result[0] if isinstance(result, tuple) else result
                 for module, inputs in recorded.items():
                     candidate = self.forwards["packed"].linear(weights[module])
-                    label = f"model.layers.{index}.{module}"
-                    found = found.merge(compare_linear(label, inputs, layer.get_submodule(module), candidate, code_edge))
+                    label = f"{self._family.blocks}.{index}.{module}"
+                    found = found.merge(compare_linear(label, inputs, cores[module], candidate, code_edge))
             if progress:
                 progress(index + 1, layers)
         return found
@@ -78,58 +104,132 @@ class LayerStream:
     def logprobs(self, name: str, window: int, rows: slice) -> LogProbs:
         """Return a finished forward's log-probabilities at some positions of a window, `[rows, vocabulary]`.
 
-        The head is applied in float32 in every forward: nothing is rounded to codes behind it.
+        The head is applied in float32 in every forward: only an engine rounds its input, and only in some types.
         """
-        forward = self.forwards[name]
-        norm = copy.deepcopy(self._skeleton.model.norm)
-        norm.load_state_dict({"weight": self.reader.get("model.norm.weight").to(forward.dtype)}, assign=True)
+        forward, family = self.forwards[name], self._family
+        norm = copy.deepcopy(self._skeleton.get_submodule(family.final_norm))
+        _load(norm, self.reader, f"{family.final_norm}.", forward.dtype)
         states = norm(self.hidden[name][window][rows]).float()
-        head = self._embedding[forward.half_embedding]
-        result: LogProbs = (states @ head.T).double().log_softmax(-1).numpy()
+        head = self._head_name()
+        if forward.rounded_head:
+            states = BY_WEIGHT_TYPE[self.types.get(head, F16)](states)
+        if forward.stored_embedding not in self._heads:
+            self._heads[forward.stored_embedding] = self._table(head, self.reader.get(head), forward.stored_embedding)
+        logits = F.linear(states, self._heads[forward.stored_embedding])
+        if cap := getattr(self._skeleton.config, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap
+        result: LogProbs = logits.double().log_softmax(-1).numpy()
         return result
 
+    def _blocks(self) -> list[nn.Module]:
+        return list(self._skeleton.get_submodule(self._family.blocks).children())
+
+    def _head_name(self) -> str:
+        tied = self._skeleton.config.tie_word_embeddings
+        return f"{self._family.embedding if tied else self._family.head}.weight"
+
+    def _table(self, name: str, rows: Tensor, stored: bool) -> Tensor:
+        """Return rows of the embedding or head in float32, rounded as the file's type for it does if `stored`."""
+        values = rows.float()
+        if not stored:
+            return values
+        kind = self.types.get(name, F16)
+        encoded = np.ascontiguousarray(encode_float(values.numpy(), kind)).view(np.uint8).reshape(len(values), -1)
+        return torch.from_numpy(decode_float(encoded, kind, tuple(values.shape)).copy())
+
+    @torch.no_grad()
+    def _enter(self, stored: bool, dtype: torch.dtype) -> Tensor:
+        """Return what goes into the first block, and note what the blocks are called with."""
+        model, family = skeleton(self.reader), self._family
+        model.eval()
+        name = f"{family.embedding}.weight"
+        used, places = self.windows.unique(return_inverse=True)
+        if int(used.min()) < 0 or int(used.max()) >= self.reader.shape(name)[0]:
+            raise UserError(f"a probe has a token id outside the vocabulary of {self.reader.shape(name)[0]}: use other windows")
+        rows = torch.cat([self.reader.get(name, slice(token, token + 1)) for token in used.tolist()])
+        embedding: Any = model.get_submodule(family.embedding)
+        embedding.weight = nn.Parameter(self._table(name, rows, stored).to(dtype), requires_grad=False)
+        embedding.num_embeddings, embedding.padding_idx = len(rows), None
+        seen: list[tuple[Tensor, Call]] = []
+        blocks: nn.ModuleList = model.get_submodule(family.blocks)  # type: ignore[assignment]
+        for index, block in enumerate(blocks):
+            blocks[index] = _Probe(block, seen)
+        model.set_submodule(family.final_norm, nn.Identity())
+        model.get_submodule(family.blocks.rpartition(".")[0])(input_ids=places, use_cache=False)
+        if len(seen) != len(blocks) or any(states.shape != seen[0][0].shape for states, _ in seen):
+            raise UserError(
+                f"the blocks of {model.config.model_type} cannot be run one by one, so that no file of it can be proven"
+            )
+        self._calls[dtype] = [call for _, call in seen]
+        return seen[0][0]
+
     def _matrices(self, index: int) -> dict[str, TernaryWeight]:
-        found = {}
-        for name, module in self._skeleton.model.layers[index].named_modules():
-            if isinstance(module, nn.Linear):
-                source = f"model.layers.{index}.{name}.weight"
-                codes, scale = self.reader.ternary(source)
-                master = self.reader.get(source).float() if self.reader.form == "master" else None
-                found[name] = TernaryWeight(codes, scale, master, self.types[source])
-        return found
+        block, prefix = self._blocks()[index], f"{self._family.blocks}.{index}."
+        return {name: self._matrix(prefix + name, block.get_submodule(name)) for name in self._family.linears}
+
+    def _matrix(self, name: str, module: nn.Module) -> TernaryWeight:
+        source = f"{name}.weight"
+        codes, scale = self.reader.ternary(source)
+        master = self.reader.get(source).float() if self.reader.form == "master" else None
+        bias = self.reader.get(f"{name}.bias").float() if f"{name}.bias" in self.reader else None
+        kind = self.types.get(source, F16)
+        return TernaryWeight(codes, scale, master, kind, bias, self.reader.granularity, _dress(self.reader, name, module))
 
     def _build(self, index: int, name: str, weights: dict[str, TernaryWeight]) -> nn.Module:
         forward = self.forwards[name]
-        layer: nn.Module = copy.deepcopy(self._skeleton.model.layers[index])
+        layer: nn.Module = copy.deepcopy(self._blocks()[index])
         for module, weight in weights.items():
-            linear = forward.linear(weight).to(forward.dtype)
+            linear = forward.linear(weight)
+            linear = (Dressed(linear, copy.deepcopy(weight.dress)) if weight.dress else linear).to(forward.dtype)
             layer.set_submodule(module, Perturbed(linear, self._noise[name]) if name in self._noise else linear)
-        for module, submodule in layer.named_modules():
-            if module.endswith("norm"):
-                values = self.reader.get(f"model.layers.{index}.{module}.weight").to(forward.dtype)
-                submodule.load_state_dict({"weight": values}, assign=True)
+        inside = tuple(f"{module}." for module in weights)
+        _load(layer, self.reader, f"{self._family.blocks}.{index}.", forward.dtype, inside)
         if forward.half_cache:
             use_half_cache(layer.get_submodule("self_attn"))
         return layer
 
-    def _advance(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        positions = torch.arange(hidden.shape[1])[None]
-        embeddings = self._rotary(hidden, positions)
-        result: Tensor = layer(hidden, position_embeddings=embeddings, use_cache=False)
-        return result
+
+class _Probe(nn.Module):
+    """Stands for a block: notes what it is called with and hands its input on. It has the block's attributes."""
+
+    def __init__(self, block: nn.Module, seen: list[tuple[Tensor, Call]]) -> None:
+        super().__init__()
+        self.__dict__["block"], self.__dict__["seen"] = block, seen  # not as a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        self.seen.append((hidden, (arguments, keywords)))
+        return hidden
 
 
-def matrix_types(reader: WeightReader, gguf_path: Path | str) -> dict[str, int]:
-    """Return the ggml type that a file gives each quantised matrix, by its name in the checkpoint (F16 where the file lacks it)."""
-    tensors = read_gguf(gguf_path).tensors
-    types = {}
-    for plan in plan_tensors(reader, "f16"):
-        info = tensors.get(plan.name)
-        types[plan.source] = info.ggml_id if info and info.ggml_id in BY_ID else F16
-    return types
+def _dress(reader: WeightReader, name: str, module: nn.Module) -> Dress:
+    """Return what a layer of a skeleton does around its product, with the directory's values."""
+    if not isinstance(module, BitLinear | PackedBitLinear):
+        return Dress()
+    norm = None
+    if module.in_norm is not None:
+        norm = SubLN(module.in_features, float(reader.get(f"{name}.in_norm.eps")))
+        norm.weight = nn.Parameter(reader.get(f"{name}.in_norm.weight").float(), requires_grad=False)
+    adapters = None
+    if isinstance(module, BitLinearLRC | PackedBitLinearLRC):
+        adapters = reader.get(f"{name}.lrc_u").float(), reader.get(f"{name}.lrc_v").float(), module.lrc_dtype
+    return Dress(in_norm=norm, rotation=module.rotation, adapters=adapters)
 
 
-def _record_inputs(layer: nn.Module) -> dict[str, Tensor]:
+def _load(module: nn.Module, reader: WeightReader, prefix: str, dtype: torch.dtype, without: tuple[str, ...] = ()) -> None:
+    """Give a part of a skeleton its stored values."""
+    names = [name for name, _ in module.named_parameters() if not without or not name.startswith(without)]
+    values = {name: reader.get(prefix + name).to(dtype) for name in names}
+    module.load_state_dict(values, strict=False, assign=True)
+
+
+def _core(module: nn.Module) -> nn.Module:
+    return module.core if isinstance(module, Dressed) else module
+
+
+def _record_inputs(cores: dict[str, nn.Module]) -> dict[str, Tensor]:
     recorded: dict[str, Tensor] = {}
 
     def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -138,7 +238,6 @@ def _record_inputs(layer: nn.Module) -> dict[str, Tensor]:
 
         return record
 
-    for name, module in layer.named_modules():
-        if is_quantized_linear(name):
-            module.register_forward_pre_hook(recorder(name))
+    for name, core in cores.items():
+        core.register_forward_pre_hook(recorder(name))
     return recorded
