@@ -244,6 +244,12 @@ def test_an_option_without_effect_is_refused_before_anything_is_read(options, wo
     assert capsys.readouterr().err == f"error: {words}: leave one of them out\n"
 
 
+@pytest.mark.parametrize("size", ["nan", "inf", "-1", "0"])
+def test_a_shard_size_that_is_none_is_refused(size, tmp_path, capsys):
+    assert main(["convert", "owner/unreachable", "--out", str(tmp_path / "x"), f"--max-shard-gib={size}"]) == 2
+    assert capsys.readouterr().err.startswith("error: --max-shard-gib must be a number of GiB above 0, not ")
+
+
 def test_options_left_out_take_the_defaults_of_the_library(tmp_path):
     save_master(tiny_llama(hidden=64, ffn=128), tmp_path / "float", tiny_tokenizer())
     given = {

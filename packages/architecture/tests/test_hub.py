@@ -10,9 +10,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from bitnet_arch import ConversionConfig, UserError, convert_model, load_model, save_master, save_packed
+from bitnet_arch import ConversionConfig, UserError, convert_model, load_model, open_weights, save_master, save_packed
 from bitnet_arch.__main__ import main
 from bitnet_arch.hub import write_model_card
+from bitnet_arch.lrc.model import start_lrc
+from bitnet_arch.parity.proof import source_digest
 from bitnet_arch.testing import tiny_bitnet, tiny_llama, tiny_tokenizer
 from huggingface_hub import ModelCard
 
@@ -29,7 +31,10 @@ def test_a_card_says_what_the_files_say(save, kind, tmp_path):
     model = tiny_bitnet(hidden=64, ffn=128) if kind == "stock" else own()
     save(model, tmp_path / "m", provenance=PROVENANCE)
     assert not (tmp_path / "m/README.md").exists()
-    report = {"status": "proven", "reason": "", "engine": "an-engine", "engine_version": "3", "positions": 1980}
+    with open_weights(tmp_path / "m") as reader:
+        details = {"source_sha256": source_digest(reader)}
+    report = {"status": "proven", "reason": "a qualification", "engine": "an-engine", "engine_version": "3", "positions": 1980}
+    report["details"] = details
     (tmp_path / "m.gguf.parity.json").write_text(json.dumps(report))
     path = write_model_card(tmp_path / "m", license_id="apache-2.0", parity=tmp_path / "m.gguf.parity.json")
     card = ModelCard.load(path)  # the hub's own reader
@@ -38,7 +43,7 @@ def test_a_card_says_what_the_files_say(save, kind, tmp_path):
     assert data["parity"] == "proven"
     assert "ternary" in data["tags"]
     assert PROVENANCE in card.text
-    assert "an-engine 3, 1980 positions" in card.text
+    assert "an-engine 3, 1980 positions; a qualification" in card.text
     assert ("import bitnet_arch" in card.text) == (kind == "own")
     ternary = sum(m.weight.numel() for n, m in model.named_modules() if n.endswith("_proj"))
     total = sum(p.numel() for p in model.parameters())
@@ -48,6 +53,26 @@ def test_a_card_says_what_the_files_say(save, kind, tmp_path):
     stored += 32 * (total - ternary + (14 if kind == "own" else 0))  # a norm of our own keeps its epsilon
     bits = stored / total
     assert data["bits_per_weight"] == pytest.approx(bits, abs=1e-3)
+
+
+def test_a_card_takes_no_other_models_report(tmp_path):
+    save_packed(tiny_bitnet(hidden=64, ffn=128), tmp_path / "m")
+    (tmp_path / "p.json").write_text(json.dumps({"status": "proven", "reason": "", "details": {"source_sha256": "0"}}))
+    with pytest.raises(UserError, match="report of another model's file"):
+        write_model_card(tmp_path / "m", parity=tmp_path / "p.json")
+    with pytest.raises(UserError, match="does not exist"):
+        write_model_card(tmp_path / "m", parity=tmp_path / "nope.json")
+
+
+def test_a_card_names_the_low_rank_correction_and_counts_its_bits(tmp_path):
+    save_packed(start_lrc(own(), 6), tmp_path / "lrc")
+    save_packed(own(), tmp_path / "plain")
+    bits = {}
+    for name in ("lrc", "plain"):
+        text = write_model_card(tmp_path / name).read_text()
+        assert ("| low-rank correction | rank 6, float16 |" in text) == (name == "lrc")
+        bits[name] = float(next(line for line in text.splitlines() if "bits per ternary weight" in line).split("|")[2])
+    assert bits["lrc"] > bits["plain"] + 1
 
 
 def test_a_card_claims_nothing_that_is_not_known(tmp_path):

@@ -652,6 +652,11 @@ def test_files_that_do_not_belong_are_refused_in_a_sentence(tmp_path):
         changed.model.layers[1].mlp.up_proj.weight[0].neg_()  # the same shapes, other codes
     with pytest.raises(UserError, match="belongs to another model"):
         load_adapters(changed, file)
+    scaled = converted()
+    with torch.no_grad():
+        scaled.model.layers[1].mlp.up_proj.weight.mul_(3.0)  # the same codes, another scale
+    with pytest.raises(UserError, match="belongs to another model"):
+        load_adapters(scaled, file)
     with pytest.raises(UserError, match="does not exist"):
         load_adapters(converted(), tmp_path / "none.safetensors")
     with pytest.raises(UserError, match=r"end in \.safetensors"):
@@ -674,6 +679,7 @@ def test_files_that_do_not_belong_are_refused_in_a_sentence(tmp_path):
         ({k: v for k, v in state.items() if k != name}, metadata, "has no 'model.layers.0.mlp.up_proj.lrc_u'"),
         ({**state, "extra": torch.zeros(1)}, metadata, "holds 'extra'"),
         ({**state, name: state[name][:, :2].contiguous()}, metadata, "contradicts itself on the rank"),
+        ({**state, name: torch.full_like(state[name], float("nan"))}, metadata, "up_proj.lrc_u that are not finite"),
         (state, {**metadata, "form": '[4, "float8"]'}, "names no rank and dtype"),
         (state, {**metadata, "form": "nonsense"}, "names no rank and dtype"),
     ):

@@ -1,5 +1,6 @@
 """The parity gate's parts, and the gate itself with engines made of torch."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -24,6 +25,7 @@ from bitnet_arch.parity import (
 )
 from bitnet_arch.parity.activations import round_q8_0, round_q8_k
 from bitnet_arch.parity.gate import FLOORS, _end_to_end_checks, stored_types
+from bitnet_arch.parity.proof import proof_status, source_digest
 from bitnet_arch.parity.report import at_least, at_most, widened
 from bitnet_arch.parity.stream import LayerStream
 from bitnet_arch.parity.tokens import LINES
@@ -57,12 +59,16 @@ def windows():
     return torch.randint(1, 300, (2, LENGTH + 1), generator=generator).tolist()
 
 
+def tokenize(text):
+    return list(tiny_tokenizer()(text).input_ids)
+
+
 def torch_engine(model):
     @torch.no_grad()
     def run(ids):
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1).numpy()
 
-    return EngineInfo(run, "torch", "0")
+    return EngineInfo(run, "torch", "0", tokenize)
 
 
 def gate(master, file, engine, windows, **options):
@@ -222,7 +228,7 @@ def shifted(model):
     def run(ids):
         return np.roll(engine.run(ids), 1, axis=0)
 
-    return EngineInfo(run, "torch", "0")
+    return EngineInfo(run, "torch", "0", tokenize)
 
 
 def holes(model):
@@ -233,7 +239,7 @@ def holes(model):
         rows[3, 5] = -np.inf
         return rows
 
-    return EngineInfo(run, "torch", "0")
+    return EngineInfo(run, "torch", "0", tokenize)
 
 
 @pytest.mark.parametrize("engine", [shifted, holes])
@@ -378,7 +384,6 @@ def test_an_engine_that_cuts_text_otherwise_fails_though_its_logits_agree(master
     engine = torch_engine(emulated_model(master, file))
     right = replace(engine, tokenize=lambda text: tokenizer(text).input_ids)
     wrong = replace(engine, tokenize=lambda text: [0, *tokenizer(text).input_ids])
-    assert "tokenizer" not in {check.name for check in gate(master, file, engine, windows).checks}
     report = gate(master, file, right, windows)
     assert (report.status, {c.name: c.holds for c in report.checks}["tokenizer"]) == ("proven", True)
     report = gate(master, file, wrong, windows)
@@ -435,3 +440,68 @@ def test_annotating_adds_keys_and_keeps_every_tensor(file, tmp_path):
     assert all(after.raw(name).tobytes() == before.raw(name).tobytes() for name in before.tensors)
     with pytest.raises(UserError, match=r"has the key 'wrinklefree\.a' already"):
         annotate_gguf(tmp_path / "out.gguf", tmp_path / "again.gguf", {"wrinklefree.a": "other"})
+
+
+# ---- whose proof it is
+
+
+def test_a_window_given_twice_is_refused(master, file, windows):
+    engine = torch_engine(emulated_model(master, file))
+    with pytest.raises(UserError, match="given twice shows nothing new"):
+        gate(master, file, engine, [windows[0], windows[0]])
+
+
+def test_a_key_that_nobody_expects_fails(master, file, windows, tmp_path):
+    engine = torch_engine(emulated_model(master, file))
+    for key in ("tokenizer.chat_template.other", "bitnet.rope.scaling.factor"):
+        annotate_gguf(file, tmp_path / "more.gguf", {key: "x"})
+        report = gate(master, tmp_path / "more.gguf", engine, windows)
+        assert (report.status, report.failed_checks()) == ("failed", ["bytes"])
+        assert report.reason == f"the file differs from its source in key {key}"
+    annotate_gguf(file, tmp_path / "proof.gguf", {"wrinklefree.parity.status": "proven"})
+    assert gate(master, tmp_path / "proof.gguf", engine, windows).status == "proven"
+
+
+def test_a_key_given_twice_is_refused(file, tmp_path):
+    annotate_gguf(file, tmp_path / "one.gguf", {"general.aa": "a", "general.ab": "b"})
+    (tmp_path / "two.gguf").write_bytes((tmp_path / "one.gguf").read_bytes().replace(b"general.ab", b"general.aa"))
+    with pytest.raises(UserError, match=r"the key 'general\.aa' twice"):
+        read_gguf(tmp_path / "two.gguf")
+
+
+def test_embeddings_that_ruin_a_model_are_not_proven(model, tmp_path, windows):
+    """Columns 40 times the others leave nothing of their neighbours in a block of 32."""
+    wild = copy.deepcopy(model)
+    with torch.no_grad():
+        wild.model.embed_tokens.weight[:, ::32] *= 40
+    for name, one in (("wild", wild), ("tame", model)):
+        save_master(one, tmp_path / name, tiny_tokenizer())
+        export_gguf(tmp_path / name, tmp_path / f"{name}.gguf", "q2_0", embedding="q4_1")
+        engine = torch_engine(emulated_model(tmp_path / name, tmp_path / f"{name}.gguf"))
+        report = gate(tmp_path / name, tmp_path / f"{name}.gguf", engine, windows)
+        cost = abs(report.measurements["embeddings against training"]["perplexity_ratio"] - 1)
+        assert "q4_1 embeddings alone change perplexity by" in report.reason
+        assert report.failed_checks() == []
+        if name == "wild":
+            assert (report.status, cost > 0.2) == ("unproven", True)
+        else:
+            assert (report.status, cost < 0.05) == ("proven", True)
+
+
+def test_a_proof_holds_for_its_own_tensors_and_weights(master, file, windows, tmp_path):
+    report = gate(master, file, torch_engine(emulated_model(master, file)), windows)
+    annotate_gguf(file, tmp_path / "proven.gguf", report.metadata())
+    assert proof_status(tmp_path / "proven.gguf") == ("proven", "")
+    assert proof_status(file) is None
+    changed = bytearray((tmp_path / "proven.gguf").read_bytes())
+    changed[-40] ^= 1
+    (tmp_path / "changed.gguf").write_bytes(changed)
+    assert proof_status(tmp_path / "changed.gguf") == ("unproven", "the tensors are not those that were proven")
+    with open_weights(master) as reader:
+        assert report.details["source_sha256"] == source_digest(reader)
+    other = load_model(master)
+    with torch.no_grad():
+        other.model.norm.weight[0] += 1
+    save_master(other, tmp_path / "other", tiny_tokenizer())
+    with open_weights(tmp_path / "other") as reader:
+        assert report.details["source_sha256"] != source_digest(reader)

@@ -338,7 +338,7 @@ def test_i2_s_is_compared_without_an_engine(trained, windows, tmp_path):
     text = path.read_bytes()
     at = text.index(b"tokenizer.ggml.add_bos_token") + len(b"tokenizer.ggml.add_bos_token") + 4
     assert "bytes" in fails(path, tmp_path, trained("bitnet"), windows, at).failed_checks()
-    engine = EngineInfo(lambda ids: np.zeros((len(ids), 512)), "none", "0")
+    engine = EngineInfo(lambda ids: np.zeros((len(ids), 512)), "none", "0", lambda text: [])
     with pytest.raises(UserError, match="cannot be compared with an engine: no engine here runs I2_S"):
         run_gate(trained("bitnet"), path, engine, windows, BOUNDS)
 

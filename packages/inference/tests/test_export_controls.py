@@ -234,12 +234,16 @@ def test_a_wrong_pre_tokenizer_fails_where_the_exporter_itself_is_wrong(name, tr
 # ---- what can go wrong in an engine, or in what it is compared with
 
 
+def tokenize(text):
+    return list(tiny_tokenizer()(text).input_ids)
+
+
 def torch_engine(model):
     @torch.no_grad()
     def run(ids):
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1).numpy()
 
-    return EngineInfo(run, "torch", "0")
+    return EngineInfo(run, "torch", "0", tokenize)
 
 
 def test_an_engine_that_computes_squared_relu_fails(trained, files):

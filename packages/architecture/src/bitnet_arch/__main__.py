@@ -72,6 +72,8 @@ def _convert(arguments: argparse.Namespace) -> None:
     config = _conversion(arguments)
     if arguments.out.is_dir() and any(arguments.out.iterdir()) and not arguments.force:
         raise UserError(f"{arguments.out} is not empty: choose another output, or replace the model in it with --force")
+    if not 0 < arguments.max_shard_gib < float("inf"):
+        raise UserError(f"--max-shard-gib must be a number of GiB above 0, not {arguments.max_shard_gib:g}")
     source = resolve_pretrained(arguments.source)
     print(f"source: {source.note}", file=sys.stderr)
     check_source(source.path, config)

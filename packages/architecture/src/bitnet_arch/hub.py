@@ -16,6 +16,7 @@ from bitnet_arch.configs import read_json_object
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import PREFIX, quantized_names
 from bitnet_arch.modeling import form_of
+from bitnet_arch.parity.proof import source_digest
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?=\s|$)")
 STATUSES = ("proven", "unproven")
@@ -47,7 +48,7 @@ def write_model_card(directory: Path | str, *, license_id: str | None = None, pa
     path = directory / CARD_FILE
     if path.exists() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
         raise UserError(f"{path} was written by somebody else: move it away first")
-    facts = _facts(directory) | ({} if parity is None else _parity(Path(parity)))
+    facts = _facts(directory) | ({} if parity is None else _parity(directory, Path(parity)))
     provenance = read_provenance(directory)
     metadata = _metadata(directory, provenance, license_id, facts)
     text = "\n".join(
@@ -122,6 +123,7 @@ def _facts(directory: Path) -> dict[str, Any]:
             "form": "2-bit codes" if reader.form == "packed" else "float master weights, made ternary in the forward pass",
             "norms": PLACEMENTS[form.norm] if form else "of the stock architecture",
             "a scale for": form.granularity if form else "tensor",
+            **({"low-rank correction": f"rank {form.lrc_rank:g}, {form.lrc_dtype}"} if form and form.lrc_rank else {}),
             "rotation": "block Hadamard before the layers that mix" if form and form.rotation else "none",
             "ternary weights": ternary,
             "other weights": total - ternary,
@@ -138,20 +140,35 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _bytes(reader: WeightReader, weights: set[str] | None = None) -> int:
-    """Return the stored size of all tensors, or of some weights and their scales."""
+    """Return the stored size of all tensors, or of some weights with their scales and low-rank corrections."""
     names = reader.keys()
     if weights is not None:
-        names = [name for name in names if name in weights or name.removesuffix("_scale") in weights]
+        parts = {part for name in weights for part in _parts(name)}
+        names = [name for name in names if name in parts]
     return sum(reader.spec(name).nbytes for name in names)
 
 
-def _parity(path: Path) -> dict[str, str]:
-    """Return what a GGUF file's sidecar says, in one line."""
+def _parts(weight: str) -> tuple[str, ...]:
+    layer = weight.removesuffix(".weight")
+    return weight, f"{weight}_scale", f"{layer}.lrc_u", f"{layer}.lrc_v"
+
+
+def _parity(directory: Path, path: Path) -> dict[str, str]:
+    """Return what the sidecar of a GGUF file that was made of a directory says, in one line."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: name the .parity.json beside a GGUF file")
     report = read_json_object(path)
+    details = report.get("details")
     status = report.get("status")
     if status not in STATUSES:
         raise UserError(f"{path} is no report of a GGUF export that holds (its status is {status!r:.40}): export again")
     if status == "unproven":
         return {"parity": f"unproven ({path.name.removesuffix('.parity.json')}: {report.get('reason')})"}
+    with open_weights(directory) as reader:
+        if not isinstance(details, dict) or details.get("source_sha256") != source_digest(reader):
+            raise UserError(f"{path} is the report of another model's file: export {directory} and name that report")
     engine = f"{report.get('engine')} {report.get('engine_version')}"
-    return {"parity": f"proven ({path.name.removesuffix('.parity.json')}: {engine}, {report.get('positions')} positions)"}
+    facts = [f"{path.name.removesuffix('.parity.json')}: {engine}, {report.get('positions')} positions"]
+    if report.get("reason"):
+        facts.append(str(report["reason"]))
+    return {"parity": f"proven ({'; '.join(facts)})"}

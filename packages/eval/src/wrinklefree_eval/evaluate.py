@@ -12,6 +12,7 @@ from bitnet_arch import UserError, open_weights
 from bitnet_arch.checkpoint import read_provenance
 from bitnet_arch.gguf import PROVENANCE_KEY, read_gguf
 from bitnet_arch.gguf.floats import TYPE_NAMES
+from bitnet_arch.parity.proof import proof_status
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate as lm_evaluate
@@ -24,7 +25,6 @@ from wrinklefree_eval.tasks import DESCRIPTIONS, PERPLEXITY, SST2_LOCAL, STAND_I
 
 PACKAGES = ("wrinklefree-eval", "bitnet-arch", "data-handler", "lm-eval", "torch", "transformers")
 MATRIX = re.compile(r"blk\.\d+\.\w+\.weight")
-PARITY_KEY = "wrinklefree.parity.status"
 FEWSHOT_SEED = 1234
 BOOTSTRAP_ITERATIONS = 1000
 
@@ -88,8 +88,10 @@ def describe_model(path: Path) -> ModelInfo:
     form = ", ".join(sorted(kinds)) or "no matrices"
     # From the file itself: what lies beside it may belong to another one.
     provenance = str(file.metadata[PROVENANCE_KEY]) if PROVENANCE_KEY in file.metadata else None
-    parity = str(file.metadata.get(PARITY_KEY, "no report"))
-    return ModelInfo(str(path), "gguf", form, "llama.cpp (xllamacpp)", provenance=provenance, parity=parity)
+    parity, reason = proof_status(path) or ("no report", "")
+    return ModelInfo(
+        str(path), "gguf", form, "llama.cpp (xllamacpp)", provenance=provenance, parity=parity, parity_reason=reason or None
+    )
 
 
 def load_foreign_tasks(names: Sequence[str]) -> dict[str, Task]:

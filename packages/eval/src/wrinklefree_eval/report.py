@@ -34,6 +34,7 @@ class ModelInfo:
         engine: what computed the figures.
         provenance: where the weights are from, if that limits what may be claimed.
         parity: the export gate's verdict on a GGUF file.
+        parity_reason: what qualifies the verdict, if anything does.
     """
 
     path: str
@@ -42,6 +43,7 @@ class ModelInfo:
     engine: str
     provenance: str | None = None
     parity: str | None = None
+    parity_reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,8 @@ class Evaluation:
             notes.append(f"The weights are derived from: {self.model.provenance}.")
         if self.model.parity not in (None, "proven"):
             notes.append(f"The GGUF file is not proven to compute what was trained (parity: {self.model.parity}).")
+        if self.model.parity_reason:
+            notes.append(f"On parity: {self.model.parity_reason}.")
         if partial := [task for task in self.tasks if task.n < task.available]:
             parts = ", ".join(f"{task.n} of {task.available} in `{task.name}`" for task in partial)
             notes.append(f"Only a part of the examples was evaluated: {parts}.")

@@ -42,7 +42,7 @@ def export(model_directory: Path, out: Path) -> dict[str, Any]:
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode == 0:
         report = json.loads(sidecar.read_text())
-        note = f"see {sidecar.name}" if report["status"] == "proven" else report["reason"]
+        note = report["reason"] or f"see {sidecar.name}"
         return {"status": report["status"], "note": note, "runs": no_engine(out) is None}
     lines = done.stderr.strip().splitlines() or [f"export ended with code {done.returncode}"]
     note = lines[-1].removeprefix("error: ").removeprefix(f"{out.name} was not written: ")

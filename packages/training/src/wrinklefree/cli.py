@@ -177,7 +177,8 @@ def _report(config: RunConfig, summary: dict[str, Any]) -> None:
     print(f"model:  {directory / 'model'}")
     gguf = summary["gguf"]
     written = gguf["status"] in ("proven", "unproven")
-    status = gguf["status"] if gguf["status"] == "proven" else f"{gguf['status']}: {gguf['note']}"
+    plain = gguf["status"] == "proven" and gguf["note"].startswith("see ")
+    status = gguf["status"] if plain else f"{gguf['status']}: {gguf['note']}"
     print(f"gguf:   {directory / 'model.gguf'} ({status})" if written else f"gguf:   not written: {gguf['note']}")
     print(f"curves: {directory / 'loss.png'}\n\nnext:")
     served = directory / ("model.gguf" if gguf["runs"] else "model")

@@ -137,7 +137,12 @@ def read_gguf(path: Path | str) -> GgufFile:
     if cursor.take(4) != b"GGUF" or cursor.scalar("I") != 3:
         raise cursor.fail("it is no GGUF version 3")
     tensor_count, key_count = cursor.count(), cursor.count()
-    metadata = {cursor.string(): cursor.value(cursor.scalar("I")) for _ in range(key_count)}
+    metadata: dict[str, Any] = {}
+    for _ in range(key_count):
+        key, value = cursor.string(), cursor.value(cursor.scalar("I"))
+        if key in metadata:  # readers differ in which one they believe
+            raise cursor.fail(f"it has the key {key!r} twice")
+        metadata[key] = value
     keys_end = cursor.at
     listed = [_tensor_info(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)

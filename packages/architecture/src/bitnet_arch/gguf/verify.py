@@ -31,7 +31,7 @@ def file_differences(
         architecture: what it must be; by default what it is, if that can hold the model.
 
     Returns:
-        Tensor names, and keys as `key NAME`; keys that the exporter does not write are ignored.
+        Tensor names, and keys as `key NAME`: also keys that the exporter does not write, save those of a proof.
 
     Raises:
         UserError: if the file cannot be parsed, or no file can hold the directory's model.
@@ -42,10 +42,11 @@ def file_differences(
     plans = plans_as_written(reader, written, architecture) if plans is None else plans
     differences = sorted(set(written.tensors) ^ {plan.name for plan in plans})
     differences += [plan.name for plan in plans if plan.name in written.tensors and not _same_tensor(reader, plan, written)]
-    for key, value in expected_metadata(reader, architecture).items():
-        if not _same_value(written.metadata.get(key), value):
-            differences.append(f"key {key}")
-    return differences
+    expected = expected_metadata(reader, architecture)
+    differences += [f"key {key}" for key, value in expected.items() if not _same_value(written.metadata.get(key), value)]
+    # An engine obeys keys that nobody expects, too: another chat template, a rope scaling.
+    more = sorted(key for key in written.metadata if key not in expected and not key.startswith("wrinklefree.parity."))
+    return differences + [f"key {key}" for key in more]
 
 
 def plans_as_written(reader: WeightReader, written: GgufFile, architecture: str) -> list[TensorPlan]:

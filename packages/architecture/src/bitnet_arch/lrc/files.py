@@ -6,10 +6,12 @@ A safetensors file with `LAYER.lrc_u` `[out, rank]` and `LAYER.lrc_v` `[in, rank
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import get_args
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,11 +28,15 @@ from bitnet_arch.quant import quantize_weight
 
 FORMAT = "bitnet_arch.lrc.1"
 
+SCALE_TOLERANCE = 1e-4
+"""Relative; what reciprocals of float32 scales round by is far below."""
+
 
 def base_digest(model: PreTrainedModel) -> str:
     """Return what tells one ternary model from another: a SHA-256 of its layers' names, shapes and codes.
 
-    A master and what it packs to have the same; scales and adapters do not enter.
+    A master and what it packs to have the same; adapters do not enter, and scales neither (`base_scales`): a stock packed
+    directory stores reciprocals, which round.
     """
     digest = hashlib.sha256()
     for name, layer in sorted(ternary_layers(model).items()):
@@ -41,6 +47,18 @@ def base_digest(model: PreTrainedModel) -> str:
             codes, _ = quantize_weight(layer.weight.detach(), layer.granularity)
         digest.update(codes.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def base_scales(model: PreTrainedModel) -> list[float]:
+    """Return the mean scale of every ternary layer, in the order of their names."""
+    scales = []
+    for _, layer in sorted(ternary_layers(model).items()):
+        if isinstance(layer, PackedBitLinear):
+            scale = layer.weight_scale
+        else:
+            _, scale = quantize_weight(layer.weight.detach(), layer.granularity)
+        scales.append(float(scale.double().mean()))
+    return scales
 
 
 def save_adapters(model: PreTrainedModel, file: Path | str) -> None:
@@ -69,6 +87,7 @@ def save_adapters(model: PreTrainedModel, file: Path | str) -> None:
                 codes, scale = int8_adapter(values)
                 state |= {f"{name}.{key}": codes.contiguous(), f"{name}.{key}_scale": scale}
     metadata = {"format": FORMAT, "base": base_digest(model), "form": json.dumps([form.lrc_rank, form.lrc_dtype])}
+    metadata["scales"] = json.dumps(base_scales(model))
     temporary = file.with_name(f".{file.name}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -95,9 +114,15 @@ def load_adapters(model: PreTrainedModel, file: Path | str) -> PreTrainedModel:
         UserError: for a file that is missing, damaged or no adapter file, and for adapters of another model.
     """
     file = Path(file)
-    rank, dtype, base, state = _read(file)
-    if base != base_digest(model):
-        raise UserError(f"{file} belongs to another model (its ternary weights differ): load the model that it was saved from")
+    rank, dtype, base, scales, state = _read(file)
+    found = base_scales(model)
+    alike = len(scales) == len(found) and all(
+        math.isclose(a, b, rel_tol=SCALE_TOLERANCE) for a, b in zip(scales, found, strict=True)
+    )
+    if base != base_digest(model) or not alike:
+        raise UserError(
+            f"{file} belongs to another model (its ternary weights or their scales differ): load the model that it was saved from"
+        )
     layers = ternary_layers(model)
     corrected = {name: _corrected(layer, state, name, file, rank, dtype) for name, layer in layers.items()}
     if state:
@@ -109,7 +134,11 @@ def load_adapters(model: PreTrainedModel, file: Path | str) -> PreTrainedModel:
     return model
 
 
-def _read(file: Path) -> tuple[int | float, AdapterDtype, str, dict[str, Tensor]]:
+def _close(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=SCALE_TOLERANCE)
+
+
+def _read(file: Path) -> tuple[int | float, AdapterDtype, str, list[float], dict[str, Tensor]]:
     if not file.is_file():
         raise UserError(f"{file} does not exist: name a file that save_adapters wrote")
     try:
@@ -123,11 +152,12 @@ def _read(file: Path) -> tuple[int | float, AdapterDtype, str, dict[str, Tensor]
     try:
         rank, dtype = json.loads(metadata.get("form", ""))
         check_rank(rank)
+        scales = [float(scale) for scale in json.loads(metadata.get("scales", ""))]
     except (ValueError, TypeError):
-        rank, dtype = 0, None
+        rank, dtype, scales = 0, None, []
     if dtype not in get_args(AdapterDtype):
         raise UserError(f"{file} is damaged (its metadata names no rank and dtype): download or save it again")
-    return rank, dtype, metadata.get("base", ""), state
+    return rank, dtype, metadata.get("base", ""), scales, state
 
 
 def _corrected(
@@ -147,7 +177,12 @@ def _corrected(
         if values.shape[1:] != (layer_rank(rank, layer.in_features, layer.out_features),):
             raise UserError(f"{file} contradicts itself on the rank of {name}: download or save it again")
         if dtype == "int8":
-            values = values * take(f"{key}_scale")
+            scale = take(f"{key}_scale")
+            if scale.shape != values.shape[1:]:
+                raise UserError(f"{file} contradicts itself on the rank of {name}: download or save it again")
+            values = values * scale
+        if not torch.isfinite(values).all():
+            raise UserError(f"{file} holds values in {key} that are not finite: download or save it again")
         adapters.append(values.to(like.device, like.dtype))
     u, v = adapters
     if isinstance(layer, PackedBitLinear):

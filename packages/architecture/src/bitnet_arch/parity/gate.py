@@ -20,7 +20,11 @@ What the status says:
   wrong weight type would explain, too (undecided).
 
 Quantised embeddings (Q8_0, Q6_K, Q4_1) change the model by choice. The engine is then compared with training's forward *with the
-file's embeddings*, and what the embeddings themselves cost is measured, told in the reason and bounded by nothing.
+file's embeddings*, and what the embeddings themselves cost is measured and told in the reason. Beyond `perplexity_cap` the file is
+unproven.
+
+The report names the digests of the file's tensors and of the directory's weights, so that it proves these and no others
+(`bitnet_arch.parity.proof`).
 
 A file that no engine here runs (`wrinklefree`, or I2_S) is compared as far as that goes without one: bytes, the tokenizer that
 `tokenizer_from_gguf` rebuilds, layers, and the packed model.
@@ -49,6 +53,7 @@ from bitnet_arch.parity.activations import CODES
 from bitnet_arch.parity.forwards import FORWARDS, PERTURBATIONS, TRAINING, Forward
 from bitnet_arch.parity.layerwise import LayerDifference
 from bitnet_arch.parity.measure import Comparison, compare, summarize
+from bitnet_arch.parity.proof import source_digest, tensors_digest
 from bitnet_arch.parity.report import MAY_STAY_OPEN, Check, ParityBounds, ParityReport, at_most, widened
 from bitnet_arch.parity.stream import LayerStream
 from bitnet_arch.parity.tokens import Tokenize, tokenizer_check
@@ -97,13 +102,13 @@ class EngineInfo:
         run: computes distributions.
         name: the engine's name.
         version: its version.
-        tokenize: how it cuts text, as the file tells it to; without, that is not compared.
+        tokenize: how it cuts text, as the file tells it to.
     """
 
     run: Engine
     name: str
     version: str
-    tokenize: Tokenize | None = None
+    tokenize: Tokenize
 
 
 @dataclass
@@ -113,14 +118,14 @@ class _Measured:
     Attributes:
         differences: tensors and keys in which the file differs from its source.
         layers: packed layers against fake-quantised ones.
-        tokenizer: the comparison of tokens, if there was one.
+        tokenizer: the comparison of tokens.
         by_engine: whether an engine took part.
         comparisons: distances between forwards, by name.
     """
 
     differences: list[str]
     layers: LayerDifference
-    tokenizer: Check | None
+    tokenizer: Check
     by_engine: bool
     comparisons: dict[str, Comparison] = field(default_factory=dict)
 
@@ -150,18 +155,21 @@ def run_gate(
         directory: the model directory (master or packed).
         gguf_path: the file.
         engine: an engine that has loaded the file; None if none runs it, and then the status is at best "unproven".
-        windows: token ids, all of one length of at least 2; each is a context of its own, and its last token is only a target.
+        windows: token ids, all of one length of at least 2, no two alike; each is a context of its own, and its last token is
+            only a target.
         bounds: what to decide by.
         progress: told of the stages.
         forwards: replaces `FORWARDS`, for independent controls.
 
     Raises:
-        UserError: if the windows are empty or uneven, the directory or file cannot be read, or an engine is given for a file that
-            cannot be emulated.
+        UserError: if the windows are empty, uneven or alike, the directory or file cannot be read, or an engine is given for a
+            file that cannot be emulated.
     """
     bounds, report_progress = bounds or ParityBounds(), progress or (lambda *_: None)
     if not windows or len({len(window) for window in windows}) != 1 or len(windows[0]) < 2:
         raise UserError("the parity gate needs token windows of one length of at least 2")
+    if len({tuple(window) for window in windows}) != len(windows):
+        raise UserError("the parity gate counts positions, and a token window that is given twice shows nothing new: give others")
     if engine is not None and (why := no_engine(gguf_path)) is not None:
         raise UserError(f"{gguf_path} cannot be compared with an engine: {why}")
     with open_weights(directory) as reader:
@@ -177,7 +185,12 @@ def run_gate(
         layers = stream.run(bounds.code_edge, lambda done, of: report_progress("layers", done, of))
         measured = _Measured(differences, layers, tokenizer, engine is not None)
         measured.comparisons = _compare(stream, engine, pairs, ids, report_progress)
-    return _report(written, engine, measured, bounds, ids[:, 1:].numel())
+        digests = {"tensors_sha256": tensors_digest(written), "source_sha256": source_digest(reader)}
+        details = digests | {"context": ids.shape[1] - 1}
+        sliding = getattr(reader.model_config, "sliding_window", None) or 0
+        if sliding >= ids.shape[1] - 1:
+            details["not_reached"] = f"no context is longer than the sliding window of {sliding}"
+    return _report(written, engine, measured, bounds, ids[:, 1:].numel(), details)
 
 
 def _names(pairs: dict[str, tuple[str, str]]) -> set[str]:
@@ -225,14 +238,14 @@ def quantised_embeddings(written: GgufFile) -> list[str]:
     return sorted(TYPE_NAMES[kind] for kind in found if kind in EMBEDDING_TYPES.values() and kind not in (F16, BF16))
 
 
-def _tokenizer_check(engine: EngineInfo | None, reader: WeightReader, gguf_path: Path | str) -> Check | None:
+def _tokenizer_check(engine: EngineInfo | None, reader: WeightReader, gguf_path: Path | str) -> Check:
     tokenizer = load_tokenizer(reader.directory)
 
     def expected(text: str) -> list[int]:
         return list(tokenizer(text).input_ids)
 
     if engine is not None:
-        return None if engine.tokenize is None else tokenizer_check(expected, engine.tokenize)
+        return tokenizer_check(expected, engine.tokenize)
     try:
         rebuilt = tokenizer_from_gguf(gguf_path)
     except UserError as error:
@@ -254,19 +267,24 @@ def tensor_types(gguf_path: Path | str) -> dict[str, str]:
 
 
 def _report(
-    written: GgufFile, engine: EngineInfo | None, measured: _Measured, bounds: ParityBounds, positions: int
+    written: GgufFile,
+    engine: EngineInfo | None,
+    measured: _Measured,
+    bounds: ParityBounds,
+    positions: int,
+    details: dict[str, Any],
 ) -> ParityReport:
     found, matrices = measured.comparisons, {i.ggml_id for n, i in written.tensors.items() if n not in EMBEDDINGS}
     heads = {info.ggml_id for name, info in written.tensors.items() if name in EMBEDDINGS}
     checks = [
         *_byte_and_layer_checks(measured, bounds),
-        *([measured.tokenizer] if measured.tokenizer else []),
+        measured.tokenizer,
         *_end_to_end_checks(found, bounds),
     ]
     if engine is not None:
         checks += _engine_checks(found, bounds, bool((matrices | heads) & CODES), bool(matrices & set(BY_ID)))
         checks += _training_checks(found, bounds)
-    details: dict[str, Any] = {"worst_layer": measured.layers.worst, "layers": measured.layers.layers}
+    details = details | {"worst_layer": measured.layers.worst, "layers": measured.layers.layers}
     if measured.differences:
         details["differences"] = measured.differences
     report = ParityReport(
@@ -304,11 +322,15 @@ def _with_status(report: ParityReport, written: GgufFile, measured: _Measured, b
         reason = f"rounding alone moves this model about as far as a wrong weight type would, so {names} cannot be decided"
         return replace(report, status="unproven", reason=reason)
     reasons = []
+    if "not_reached" in report.details:
+        reasons.append(str(report.details["not_reached"]))
     if undecided:
         reasons.append(f"rounding moves this model too far to decide {' and '.join(undecided)}")
     if cost := measured.comparisons.get("embeddings against training"):
         types = " and ".join(quantised_embeddings(written))
         reasons.append(f"{types} embeddings alone change perplexity by {100 * (cost.perplexity_ratio - 1):+.2g}%")
+        if not abs(cost.perplexity_ratio - 1) <= bounds.perplexity_cap:
+            return replace(report, status="unproven", reason=reasons[-1])
     return replace(report, reason="; ".join(reasons))
 
 

@@ -177,8 +177,7 @@ class ParityReport:
             values["reason"] = self.reason
         if self.engine:
             values |= {"engine": self.engine, "engine_version": self.engine_version}
-        if "date" in self.details:
-            values["date"] = str(self.details["date"])
+        values |= {key: self.details[key] for key in ("date", "tensors_sha256", "context") if key in self.details}
         for check in self.checks:
             if check.value is not None and check.holds is not None:
                 values |= {f"{check.name}.value": float(check.value), f"{check.name}.bound": check.bound}
