@@ -74,12 +74,12 @@ def load_run_config(overrides: Sequence[str]) -> RunConfig:
     return from_mapping(RunConfig, values)
 
 
-def compose_values(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the composed configuration as plain values."""
+def compose_values(overrides: Sequence[str], name: str = "train") -> dict[str, Any]:
+    """Return the composed configuration as plain values; `name` is that of the primary YAML file."""
     paths = ",".join(f"file://{path}" for path in search_path())
     try:
         with initialize_config_dir(str(configs_directory("wrinklefree").resolve()), version_base="1.3"):
-            composed = compose("train", overrides=[*map(_forced, overrides), f"hydra.searchpath=[{paths}]"])
+            composed = compose(name, overrides=[*map(_forced, overrides), f"hydra.searchpath=[{paths}]"])
             values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_one_sentence(error)) from None
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return DONE
         return _train(load_run_config(overrides))
     except ValueError as error:
-        if not _is_user_error(error):
+        if not is_user_error(error):
             raise
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
@@ -144,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _is_user_error(error: ValueError) -> bool:
+def is_user_error(error: ValueError) -> bool:
+    """Say whether an error is a mistake that the user can mend: each library has its own type for it."""
     import data_handler
 
     return isinstance(error, UserError | data_handler.UserError)
