@@ -4,9 +4,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from bitnet_arch import BitLinear, fake_quant_activation, fake_quant_weight, set_lambda
+from bitnet_arch import BitLinear, PackedBitLinear, SubLN, UserError, fake_quant_activation, fake_quant_weight, set_lambda
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def textbook(x, weight):
@@ -95,3 +96,69 @@ def test_forward_mode_goes_straight_through():
     _, vjp = torch.func.vjp(forward, x, weight)
     gx, gw = vjp(cotangent)
     torch.testing.assert_close((tangent * cotangent).sum(), (gx * dx).sum() + (gw * dw).sum())
+
+
+# ------------------------------------------------------------------------------------------------------------- packed
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group128"])
+def test_a_packed_layer_passes_the_gradient_that_its_master_passes(granularity, autocast):
+    torch.manual_seed(0)
+    master = BitLinear(256, 32, granularity=granularity, in_norm=SubLN(256), rotation=True)
+    packed = PackedBitLinear.from_bitlinear(master)
+    x, cotangent = torch.randn(6, 256), torch.randn(6, 32)
+    found = []
+    for layer in (master, packed):
+        y = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = layer(y)
+        out.backward(cotangent.to(out.dtype))
+        found.append((out.detach(), y.grad))
+    torch.testing.assert_close(found[1][1], found[0][1], **({"rtol": 2e-2, "atol": 2e-2} if autocast else {}))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert torch.equal(packed(x), found[1][0])  # a gradient changes no value
+
+
+def test_layers_below_a_packed_one_are_trained_through_it():
+    torch.manual_seed(0)
+    packed, below = PackedBitLinear.from_bitlinear(BitLinear(64, 32)), nn.Linear(64, 64)
+    target, x = torch.randn(16, 32), torch.randn(16, 64)
+    optimizer = torch.optim.Adam(below.parameters(), 1e-2)
+    losses = []
+    for _ in range(40):
+        loss = F.mse_loss(packed(below(x)), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_gradient_costs_nothing_where_none_is_wanted():
+    packed = PackedBitLinear.from_bitlinear(BitLinear(64, 32))
+    flops = {}
+    for wanted in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            packed(torch.randn(6, 64, requires_grad=wanted))
+        flops[wanted] = counter.get_total_flops()
+    assert flops[False] == 2 * 6 * 64 * 32
+    assert flops[True] == 2 * flops[False]
+
+
+def test_damaged_codes_are_refused_when_they_are_loaded():
+    packed = PackedBitLinear.from_bitlinear(BitLinear(64, 32))
+    state = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    packed.load_state_dict(state)
+    state["weight"][3, 5] |= 0b1100
+    for assign in (False, True):
+        with pytest.raises(UserError, match="holds a code outside"):
+            packed.load_state_dict(state, assign=assign)
+
+
+def test_a_compiled_packed_layer_has_no_graph_break():
+    torch.manual_seed(0)
+    packed = PackedBitLinear.from_bitlinear(BitLinear(64, 32, granularity="row"))
+    x = torch.randn(4, 64, requires_grad=True)
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), packed(x))

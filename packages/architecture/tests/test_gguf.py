@@ -4,6 +4,7 @@ import pytest
 from bitnet_arch import UserError, open_weights, save_master, save_packed
 from bitnet_arch.gguf import PROVENANCE_KEY, TYPES, export_gguf, file_differences, read_gguf
 from bitnet_arch.gguf.floats import EMBEDDING_TYPES, decode_float, encode_float, round_bf16
+from bitnet_arch.gguf.pieces import encoded_pieces
 from bitnet_arch.gguf.types import decode_i2_s, encode_i2_s
 from bitnet_arch.testing import tiny_bitnet, tiny_tokenizer
 from hypothesis import given, settings
@@ -215,14 +216,13 @@ def test_a_full_disk_leaves_no_file(master, tmp_path, monkeypatch):
 
 
 def test_a_damaged_write_is_caught(master, tmp_path, monkeypatch):
-    original = gguf.GGUFWriter.write_tensor_data
+    def flipped(*args):
+        for rows, data in encoded_pieces(*args):
+            data = data.copy()
+            data.view(np.uint8).reshape(-1)[-1] ^= 1
+            yield rows, data
 
-    def flip(self, tensor, *args):
-        tensor = tensor.copy()
-        tensor.view(np.uint8).reshape(-1)[0] ^= 1
-        original(self, tensor, *args)
-
-    monkeypatch.setattr("gguf.GGUFWriter.write_tensor_data", flip)
+    monkeypatch.setattr("bitnet_arch.gguf.writer.encoded_pieces", flipped)
     with pytest.raises(RuntimeError, match="reads back differently"):
         export_gguf(master, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()

@@ -77,5 +77,6 @@ def test_a_bug_would_be_found_and_its_input_kept(corpus, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_minutes_of_mutations(corpus):
-    assert sum(fuzz_random(corpus[0].path.parent, 240, seed=3).values()) > 5000
+def test_a_minute_of_mutations(corpus):
+    """Longer runs, guided by coverage: scripts/fuzz_gguf.py."""
+    assert sum(fuzz_random(corpus[0].path.parent, 50, seed=3).values()) > 1000

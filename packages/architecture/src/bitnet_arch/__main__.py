@@ -1,4 +1,4 @@
-"""Command line of the library: `python -m bitnet_arch convert|info|card`."""
+"""Command line of the library: `python -m bitnet_arch convert|quantize|lrc|card|info`."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import pydoc_data.topics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,13 @@ from bitnet_arch.checkpoint import load_tokenizer, open_weights
 from bitnet_arch.convert import ConversionConfig
 from bitnet_arch.errors import UserError
 from bitnet_arch.hub import write_model_card
-from bitnet_arch.pretrained import resolve_pretrained
+from bitnet_arch.lrc.adapters import AdapterDtype
+from bitnet_arch.lrc.directory import lrc_directory
+from bitnet_arch.lrc.model import LRCConfig
+from bitnet_arch.pretrained import Pretrained, resolve_pretrained
+from bitnet_arch.ptq.directory import quantize_directory
+from bitnet_arch.ptq.model import check_method
+from bitnet_arch.ptq.quantizers import Method
 from bitnet_arch.quant import Granularity
 from bitnet_arch.shards import MAX_SHARD_SIZE
 from bitnet_arch.stream import check_source, convert_directory
@@ -27,6 +33,15 @@ EXAMPLES = """examples:
   python -m bitnet_arch convert ./my-llama --out my-ternary --calibration sample.txt
   python -m bitnet_arch convert ./my-llama --out my-packed --packed
   python -m bitnet_arch convert ./my-llama --out my-rows --norm none --granularity row
+"""
+QUANTIZE_EXAMPLES = """examples:
+  python -m bitnet_arch quantize HuggingFaceTB/SmolLM2-135M-Instruct --out smollm2-gptq --method gptq
+  python -m bitnet_arch quantize ./my-llama --out my-ptq --method least_squares --granularity group128 --packed
+  python -m bitnet_arch quantize ./my-ternary --out my-gptq --method gptq_act_order --calibration sample.txt
+"""
+LRC_EXAMPLES = """examples:
+  python -m bitnet_arch lrc HuggingFaceTB/SmolLM2-135M-Instruct --out smollm2-lrc --rank 64
+  python -m bitnet_arch lrc ./my-llama --out my-lrc --rank 0.1 --dtype int8 --packed
 """
 
 
@@ -70,12 +85,7 @@ def _conversion(arguments: argparse.Namespace) -> ConversionConfig:
 
 def _convert(arguments: argparse.Namespace) -> None:
     config = _conversion(arguments)
-    if arguments.out.is_dir() and any(arguments.out.iterdir()) and not arguments.force:
-        raise UserError(f"{arguments.out} is not empty: choose another output, or replace the model in it with --force")
-    if not 0 < arguments.max_shard_gib < float("inf"):
-        raise UserError(f"--max-shard-gib must be a number of GiB above 0, not {arguments.max_shard_gib:g}")
-    source = resolve_pretrained(arguments.source)
-    print(f"source: {source.note}", file=sys.stderr)
+    source = _source(arguments)
     check_source(source.path, config)
     tokenizer = load_tokenizer(source.path)
     rows = None
@@ -90,12 +100,63 @@ def _convert(arguments: argparse.Namespace) -> None:
         max_shard_size=round(arguments.max_shard_gib * 2**30),
         provenance=source.provenance,
     )
+    _done(arguments, source, "A converted model must be trained before it is useful.")
+
+
+def _source(arguments: argparse.Namespace) -> Pretrained:
+    """Find the model that a command starts from, unless its output must not be written."""
+    if arguments.out.is_dir() and any(arguments.out.iterdir()) and not arguments.force:
+        raise UserError(f"{arguments.out} is not empty: choose another output, or replace the model in it with --force")
+    if not 0 < arguments.max_shard_gib < float("inf"):
+        raise UserError(f"--max-shard-gib must be a number of GiB above 0, not {arguments.max_shard_gib:g}")
+    source = resolve_pretrained(arguments.source)
+    print(f"source: {source.note}", file=sys.stderr)
+    return source
+
+
+def _done(arguments: argparse.Namespace, source: Pretrained, advice: str) -> None:
     result = {"out": str(arguments.out), "form": "packed" if arguments.packed else "master", "source": source.note}
     if arguments.json:
         print(json.dumps(result))
     else:
         print(f"wrote {result['form']} model to {arguments.out}")
-        print("A converted model must be trained before it is useful.")
+        print(advice)
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    # Least squares looks at weights alone unless it is given something to look at besides.
+    calibrates = arguments.method.startswith("gptq") or arguments.calibration is not None
+    check_method(arguments.method, [] if calibrates else None, 0.0)
+    source = _source(arguments)
+    rows = calibration_rows(load_tokenizer(source.path), _calibration_text(arguments.calibration)) if calibrates else None
+    quantize_directory(source.path, arguments.out, arguments.method, rows, **_writing(arguments, source))
+    _done(arguments, source, "No method without training leaves a good model: measure it before you use it.")
+
+
+def _lrc(arguments: argparse.Namespace) -> None:
+    config = LRCConfig(rank=arguments.rank, dtype=arguments.dtype, quantizer=arguments.quantizer, steps=arguments.steps)
+    source = _source(arguments)
+    rows = calibration_rows(load_tokenizer(source.path), _calibration_text(arguments.calibration))
+    lrc_directory(source.path, arguments.out, config, rows, **_writing(arguments, source))
+    _done(arguments, source, "Only this library loads a model with a low-rank correction.")
+
+
+def _writing(arguments: argparse.Namespace, source: Pretrained) -> dict[str, Any]:
+    def progress(done: int, of: int) -> None:
+        print(f"block {done} of {of}", file=sys.stderr)
+
+    return {
+        "granularity": arguments.granularity,
+        "packed": arguments.packed,
+        "max_shard_size": round(arguments.max_shard_gib * 2**30),
+        "provenance": source.provenance,
+        "progress": progress,
+    }
+
+
+def _rank(text: str) -> int | float:
+    """Parse a rank: a whole number, or a share."""
+    return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 def _calibration_text(path: Path | None) -> str:
@@ -126,14 +187,7 @@ def _card(arguments: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bitnet_arch", description="Convert and inspect model directories.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    convert = commands.add_parser(
-        "convert",
-        help="turn a Hugging Face model into a 1.58-bit model directory",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    convert.add_argument("source", help="a model directory or a hub id")
-    convert.add_argument("--out", type=Path, required=True, help="the directory to write")
+    convert = _writer(commands, "convert", _convert, EXAMPLES, "turn a Hugging Face model into a 1.58-bit model directory")
     convert.add_argument(
         "--norm", choices=["subln", "none", "allnorm", "bitlinear"], default="subln", help="where norms go (subln)"
     )
@@ -141,14 +195,17 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--softness", type=float, help="0 inserts plain norms; larger is nearer to none (0.1)")
     convert.add_argument("--granularity", choices=get_args(Granularity), help="how many weights share a scale (tensor)")
     convert.add_argument("--rotation", action="store_true", default=None, help="rotate the inputs of o_proj and down_proj")
-    convert.add_argument("--calibration", type=Path, help="a text file (default: Python's own documentation)")
-    convert.add_argument("--packed", action="store_true", help="write 2-bit weights instead of float masters")
-    convert.add_argument(
-        "--max-shard-gib", type=float, default=MAX_SHARD_SIZE / 2**30, help="largest file, in GiB of tensors (%(default)g)"
-    )
-    convert.add_argument("--force", action="store_true", help="replace a model that --out holds")
-    convert.add_argument("--json", action="store_true", help="print the result as JSON")
-    convert.set_defaults(run=_convert)
+    quantize = _writer(commands, "quantize", _quantize, QUANTIZE_EXAMPLES, "make a model ternary without training")
+    quantize.add_argument("--method", choices=get_args(Method), required=True, help="how codes and scales are chosen")
+    lrc = _writer(commands, "lrc", _lrc, LRC_EXAMPLES, "make a model ternary and correct it with low-rank adapters")
+    lrc.add_argument("--rank", type=_rank, required=True, help="a whole number, or a share of a layer's smaller side below 1")
+    lrc.add_argument("--dtype", choices=get_args(AdapterDtype), default="float16", help="what adapters are kept in (%(default)s)")
+    lrc.add_argument("--quantizer", choices=get_args(Method), default="gptq", help="what rounds the weights (%(default)s)")
+    lrc.add_argument("--steps", type=int, default=1, help="how often weights and adapters are solved for in turn (%(default)s)")
+    for parser_of_floats in (quantize, lrc):
+        parser_of_floats.add_argument(
+            "--granularity", choices=get_args(Granularity), help="how many weights share a scale, for a float source (tensor)"
+        )
     card = commands.add_parser("card", help="write a model directory's README.md, with the metadata that the hub reads")
     card.add_argument("directory", type=Path)
     card.add_argument("--license", help="the weights' licence, such as apache-2.0 (left out where it is not known)")
@@ -158,6 +215,24 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("directory", type=Path)
     info.add_argument("--json", action="store_true", help="print as JSON")
     info.set_defaults(run=_info)
+    return parser
+
+
+def _writer(commands: Any, name: str, run: object, examples: str, help_text: str) -> argparse.ArgumentParser:
+    """Add a command that writes a model directory, with the options that all of them have."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help_text, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="a model directory or a hub id")
+    parser.add_argument("--out", type=Path, required=True, help="the directory to write")
+    parser.add_argument("--calibration", type=Path, help="a text file (default: Python's own documentation)")
+    parser.add_argument("--packed", action="store_true", help="write 2-bit weights instead of float masters")
+    parser.add_argument(
+        "--max-shard-gib", type=float, default=MAX_SHARD_SIZE / 2**30, help="largest file, in GiB of tensors (%(default)g)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace a model that --out holds")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(run=run)
     return parser
 
 

@@ -6,6 +6,8 @@ DDP and checkpoints, and no process-wide switch exists.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +15,10 @@ from torch.nn import functional as F
 
 from bitnet_arch.errors import UserError
 from bitnet_arch.hadamard import rotate
+from bitnet_arch.kept import KeptWeight, keepable
 from bitnet_arch.lrc.adapters import AdapterDtype, check_adapters, correction, random_adapters
 from bitnet_arch.norm import SubLN
-from bitnet_arch.quant import Granularity, fake_quant_activation, fake_quant_weight
+from bitnet_arch.quant import Granularity, _straight_through, fake_quant_activation, fake_quant_weight
 
 LAMBDA_KEY = "quant_lambda"
 """Name of the strength buffer in a layer's state dict; model directories never contain it."""
@@ -57,6 +60,11 @@ class BitLinear(nn.Linear):
         self.rotation = rotation
         self.register_buffer(LAMBDA_KEY, torch.ones((), device=device))
         self._strength = 1.0
+        self._kept: KeptWeight | None = None  # while `constant_weights` is open
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and pickled: without what `constant_weights` keeps."""
+        return self.__dict__ | {"_kept": None}
 
     @classmethod
     def from_linear(
@@ -96,10 +104,22 @@ class BitLinear(nn.Linear):
         """Multiply a prepared input by a master weight, both quantised as far as λ says."""
         if self._strength == 0.0:
             return F.linear(x, weight, self.bias)
-        xq, wq = fake_quant_activation(x), fake_quant_weight(weight, self.granularity)
+        xq, wq = fake_quant_activation(x), self._fake_quant(weight)
         if self._strength != 1.0:
             xq, wq = torch.lerp(x, xq, self._strength), torch.lerp(weight, wq, self._strength)
         return F.linear(xq, wq, self.bias)
+
+    def _fake_quant(self, weight: Tensor) -> Tensor:
+        """Quantise the layer's weight, which may come detached; see `constant_weights` for when that happens once only."""
+        # What is compiled computes everything anew: guards on pointers and versions would compile it anew, too.
+        if torch.compiler.is_compiling() or self._kept is None or not keepable(self.weight):
+            return fake_quant_weight(weight, self.granularity)
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return _straight_through(weight, self._kept.get(self.weight, self.granularity, weight.dtype))
+        dtype, device = weight.dtype, weight.device.type
+        if self._strength == 1.0 and dtype == torch.float32 and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)  # what F.linear would round it to, in every call
+        return self._kept.get(self.weight, self.granularity, dtype)
 
     def set_strength(self, value: float) -> None:
         """Set λ to a value in [0, 1]."""
@@ -182,6 +202,49 @@ def bitlinear_layers(model: nn.Module) -> Iterator[tuple[str, BitLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, BitLinear):
             yield name, module
+
+
+@contextmanager
+def constant_weights(model: nn.Module) -> Iterator[None]:
+    """Quantise each weight once while the context is open: for generation, evaluation, and the micro-batches of one step.
+
+    Without it every forward quantises anew, because torch does not count every change of a weight: old optimisers and the merging
+    of adapters (`weight.data += delta`) leave version and address as they were, and a layer that trusted these would go on with
+    weights that are gone, silently. With it the caller vouches for that, and is checked:
+
+    * in-place operations, `load_state_dict`, `.to()` and assignments (`p.data = q`) are noticed, and the weight is quantised anew;
+    * writes through `.data` are found when the context is left, by quantising once more.
+
+    Results are bit for bit what they are without, gradients too. It takes the memory of one more copy of each weight (two under
+    autocast). Layers whose weight is sharded (FSDP) or swapped (`torch.func`), and everything that is compiled, quantise as ever.
+    A context inside another one's has no effect of its own.
+
+    Args:
+        model: the model as a whole, wrappers included.
+
+    Raises:
+        UserError: on leaving, if a weight was written to through `.data` and the outputs since then are wrong.
+    """
+    layers = {} if _is_sharded(model) else {n: m for n, m in bitlinear_layers(model) if m._kept is None and keepable(m.weight)}
+    for layer in layers.values():
+        layer._kept = KeptWeight()
+    try:
+        yield
+        for name, layer in layers.items():
+            if layer._kept is not None and keepable(layer.weight) and layer._kept.stale(layer.weight, layer.granularity):
+                raise UserError(
+                    f"{name}.weight was changed through .data (or another way that torch does not count) while constant_weights "
+                    "was open, and what was computed since then is wrong: change weights outside of it"
+                )
+    finally:
+        for layer in layers.values():
+            layer._kept = None
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP gathers weights into memory whose contents change without any sign."""
+    names = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    return bool(names & {"FSDPModule", "FullyShardedDataParallel"})
 
 
 def set_lambda(model: nn.Module, value: float) -> None:

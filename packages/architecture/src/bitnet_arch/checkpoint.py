@@ -46,7 +46,7 @@ from bitnet_arch.modeling import form_of
 from bitnet_arch.norm import SubLN
 from bitnet_arch.packed import PackedBitLinear, PackedBitLinearLRC
 from bitnet_arch.packing import pack_codes, unpack_codes
-from bitnet_arch.quant import Granularity, quantize_weight
+from bitnet_arch.quant import GROUP, Granularity, quantize_weight
 from bitnet_arch.shards import (
     INDEX_FILE,
     MAX_SHARD_SIZE,
@@ -184,6 +184,7 @@ class WeightReader:
         Raises:
             UserError: if the directory lacks the tensor, contradicts itself, or was saved before λ was 1.
         """
+        self._matrix_shape(name)
         weight = self.get(name)
         if self.form == "packed":
             return self._stored_codes(name, weight), dequantizing_scale(self.stored_scale(name), self.linear_class)
@@ -204,21 +205,33 @@ class WeightReader:
             UserError: if it is missing, or no scale.
         """
         scale = self.get(name.removesuffix("weight") + "weight_scale")
-        one = scale.numel() == 1 or self._own
-        if not one or not scale.is_floating_point() or not (torch.isfinite(scale) & (scale > 0)).all():
+        rows, columns = self._matrix_shape(name)
+        if self._own and self.granularity != "tensor":
+            fits = scale.shape == (rows, 1 if self.granularity == "row" else -(-columns // GROUP))
+        else:
+            fits = scale.numel() == 1
+        values = scale.float()
+        if not fits or not scale.is_floating_point() or not (torch.isfinite(values) & (values > 0)).all():
             raise UserError(f"{self.directory}: the scale of {name} is not a positive number: download or save the model again")
         return scale
+
+    def _matrix_shape(self, name: str) -> tuple[int, int]:
+        shape = self.shape(name)
+        if len(shape) != 2:
+            raise UserError(f"{self.directory}: {name} is {list(shape)} and no matrix: restore the file that was changed")
+        return shape[0], shape[1]
 
     def _stored_codes(self, name: str, weight: Tensor) -> Tensor:
         """Unpack codes; stock `AutoBitLinear` also saves them unpacked, as numbers -1, 0 and 1 of any type."""
         if weight.dtype == torch.uint8:
             return unpack_codes(weight)
-        if not ((weight == 0) | (weight.abs() == 1)).all():
+        values = weight.float()  # not every type can be compared
+        if not ((values == 0) | (values.abs() == 1)).all():
             raise UserError(
                 f"{self.directory} contradicts itself: config.json says packed weights, and {name} holds other values than -1, 0 "
                 "and 1; correct quantization_mode"
             )
-        return weight.to(torch.int8)
+        return values.to(torch.int8)
 
     def _locate(self) -> dict[str, str]:
         index = self.directory / INDEX_FILE
@@ -389,8 +402,16 @@ def _fill(model: PreTrainedModel, reader: WeightReader, dtype: torch.dtype) -> N
                 f"{name}.weight": reader.get(f"{name}.weight"),
                 f"{name}.weight_scale": reader.stored_scale(f"{name}.weight").float(),
             }
+            if state[f"{name}.weight"].dtype != torch.uint8:
+                raise UserError(f"{reader.directory}: {name}.weight is no packed bytes: restore the file that was changed")
             if module.bias is not None:
                 state[f"{name}.bias"] = reader.get(f"{name}.bias").to(dtype)
+    for name, buffer in model.named_buffers():  # parameters have been checked
+        if name in state and state[name].shape != buffer.shape:
+            raise UserError(
+                f"{reader.directory}: tensor {name!r} is {list(state[name].shape)}, but config.json asks for {list(buffer.shape)}: "
+                "restore the file that was changed"
+            )
     missing = model.load_state_dict(state, strict=False, assign=True)
     assert not missing.unexpected_keys
     model.tie_weights()

@@ -23,6 +23,7 @@ from bitnet_arch.families import FAMILIES, PREFIX, Family, base_type, family_of,
 from bitnet_arch.lrc.adapters import AdapterDtype, check_rank, layer_rank
 from bitnet_arch.norm import SubLN
 from bitnet_arch.packed import PackedBitLinear, PackedBitLinearLRC
+from bitnet_arch.packing import check_packed
 from bitnet_arch.quant import Granularity
 
 Placement = Literal["none", "subln", "bitlinear", "allnorm"]
@@ -214,10 +215,18 @@ class _Ternary(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as stock transformers does; a lambda that was saved is the one that the layers compute with."""
+        """Load as stock transformers does; a lambda that was saved is the one that the layers compute with.
+
+        Raises:
+            UserError: if packed codes are damaged, of which the layers' own loading is not told here.
+        """
         result = super().from_pretrained(*args, **kwargs)
-        for _, layer in bitlinear_layers(result[0] if isinstance(result, tuple) else result):
+        model = result[0] if isinstance(result, tuple) else result
+        for _, layer in bitlinear_layers(model):
             layer.set_strength(float(layer.quant_lambda))
+        for module in model.modules():
+            if isinstance(module, PackedBitLinear) and not module.weight.is_meta:
+                check_packed(module.weight)
         return result
 
     def _move_missing_keys_from_meta_to_device(self, missing_keys: list[str], *args: Any, **kwargs: Any) -> None:

@@ -12,7 +12,7 @@ from bitnet_arch.errors import UserError
 from bitnet_arch.hadamard import rotate
 from bitnet_arch.lrc.adapters import AdapterDtype, check_adapters, correction, random_adapters
 from bitnet_arch.norm import SubLN
-from bitnet_arch.packing import CODES_PER_BYTE, pack_codes, unpack_codes
+from bitnet_arch.packing import CODES_PER_BYTE, check_packed, code_planes, pack_codes, unpack_codes
 from bitnet_arch.quant import (
     ACTIVATION_LEVELS,
     GROUP,
@@ -28,11 +28,14 @@ MAX_EXACT_FEATURES = 2**24 // ACTIVATION_LEVELS
 
 
 class PackedBitLinear(nn.Module):
-    """Ternary linear layer for inference: `y = (q · Tᵀ) · s_x · β + bias`, after the input's norm and rotation, if it has any.
+    """Ternary linear layer of 2-bit weights: `y = (q · Tᵀ) · s_x · β + bias`, after the input's norm and rotation, if it has any.
 
     With one scale for the matrix or a row, the integer product runs as a float32 matrix product whose every partial sum is an
     exactly represented integer, so the result does not depend on summation order, and equals integer arithmetic for
     `in_features` up to 132,104. With a scale for every 128 columns the sums are of scaled integers, in float32.
+
+    Nothing in it is trained, but a gradient passes to its input, straight through the rounding as in `BitLinear`, so that adapters
+    and layers below it can be.
 
     Attributes:
         weight: uint8 `[out_features / 4, in_features]`, codes as in `bitnet_arch.packing`.
@@ -108,8 +111,13 @@ class PackedBitLinear(nn.Module):
             raise UserError(f"{columns} input features exceed the exact integer limit of {MAX_EXACT_FEATURES}")
 
     def codes(self) -> Tensor:
-        """Return the int8 codes `[out_features, in_features]`."""
+        """Return the int8 codes `[out_features, in_features]`, checked."""
         return unpack_codes(self.weight)
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        if not self.weight.is_meta:
+            check_packed(self.weight)  # here and not in the forward, where a GPU would wait for it in every layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in_features]` to `[..., out_features]` in x's dtype."""
@@ -122,14 +130,26 @@ class PackedBitLinear(nn.Module):
         return rotate(x) if self.rotation else x
 
     def product(self, x: Tensor) -> Tensor:
-        """Quantise a prepared input and multiply it."""
+        """Quantise a prepared input and multiply it; the input's gradient goes straight through the rounding of activations."""
+        with torch.no_grad():
+            y = self._integer_product(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            # The integer product has no gradient; this one has, and its value is the integer product's, bit for bit.
+            weight = torch.cat(code_planes(self.weight)) * expand_scale(self.weight_scale, self.in_features)
+            y = _straight_through(F.linear(fake_quant_activation(x), weight.to(x.dtype)), y)
+        return y
+
+    def _integer_product(self, x: Tensor) -> Tensor:
         q, activation_scale = quantize_activation(x)
         with torch.autocast(device_type=x.device.type, enabled=False):  # bf16 would round the integers
-            codes = self.codes().float()
+            q, planes = q.float(), code_planes(self.weight)
             if self.weight_scale.ndim == 2 and self.weight_scale.shape[1] > 1:
-                y = F.linear(q.float(), codes * expand_scale(self.weight_scale, self.in_features)) * activation_scale
+                weight = torch.cat(planes).float() * expand_scale(self.weight_scale, self.in_features)
+                y = F.linear(q, weight) * activation_scale
             else:
-                y = F.linear(q.float(), codes) * (activation_scale * self.weight_scale.flatten())
+                # A quarter of the matrix at a time, which stays in the cache: the sums are exact however they are cut.
+                y = torch.cat([F.linear(q, plane.float()) for plane in planes], dim=-1)
+                y = y * (activation_scale * self.weight_scale.flatten())
             if self.bias is not None:
                 y = y + self.bias.float()
         return y.to(x.dtype)
@@ -143,7 +163,7 @@ class PackedBitLinearLRC(PackedBitLinear):
     """A `PackedBitLinear` with a low-rank correction, as `bitnet_arch.bitlinear.BitLinearLRC` describes it.
 
     Only the adapters are parameters, and can be trained while the 2-bit weights stay as they are. The gradient of the input goes
-    through the correction and, straight through the rounding of activations, through the ternary weights.
+    through the correction, too.
 
     Attributes:
         lrc_u: U, `[out_features, rank]`.
@@ -191,12 +211,7 @@ class PackedBitLinearLRC(PackedBitLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in_features]` to `[..., out_features]` in x's dtype."""
         x = self.prepare(x)
-        y = self.product(x)
-        if torch.is_grad_enabled() and x.requires_grad:
-            # The integer product has no gradient; this one has, and its value is the integer product's, bit for bit.
-            weight = self.codes() * expand_scale(self.weight_scale, self.in_features)
-            y = _straight_through(F.linear(fake_quant_activation(x), weight.to(x.dtype)), y)
-        return y + correction(x, self.lrc_u, self.lrc_v, self.lrc_dtype)
+        return self.product(x) + correction(x, self.lrc_u, self.lrc_v, self.lrc_dtype)
 
 
 def pack_model(model: nn.Module) -> nn.Module:

@@ -33,13 +33,29 @@ def pack_codes(codes: Tensor) -> Tensor:
     return planes[0] | planes[1] << 2 | planes[2] << 4 | planes[3] << 6
 
 
+def code_planes(packed: Tensor) -> list[Tensor]:
+    """Return the int8 codes of a packed uint8 `[rows, in]` as four matrices `[rows, in]`, which follow each other.
+
+    Nothing is checked: that would make a GPU wait. See `check_packed`.
+    """
+    return [(packed >> (2 * plane)).bitwise_and_(3).view(torch.int8).sub_(1) for plane in range(CODES_PER_BYTE)]
+
+
+def check_packed(packed: Tensor) -> None:
+    """Refuse packed codes that hold the unused bit pair 3.
+
+    Raises:
+        UserError: if there is one: the file is damaged or of another layout.
+    """
+    if (packed & (packed >> 1) & 0b01010101).any():
+        raise UserError("a packed weight holds a code outside {-1, 0, 1}: the file is damaged or of another layout")
+
+
 def unpack_codes(packed: Tensor) -> Tensor:
     """Return int8 codes `[4 * rows, in]` of a packed uint8 `[rows, in]`.
 
     Raises:
         UserError: if a byte holds the unused bit pair 3, which means the file is damaged or of another layout.
     """
-    codes = torch.cat([(packed >> (2 * plane)) & 3 for plane in range(CODES_PER_BYTE)])
-    if codes.numel() and int(codes.max()) > 2:
-        raise UserError("a packed weight holds a code outside {-1, 0, 1}: the file is damaged or of another layout")
-    return codes.to(torch.int8) - 1
+    check_packed(packed)
+    return torch.cat(code_planes(packed))

@@ -14,6 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
 
 from bitnet_arch.bitlinear import LAMBDA_KEY
 from bitnet_arch.checkpoint import (
@@ -36,7 +37,7 @@ from bitnet_arch.errors import UserError
 from bitnet_arch.families import Family, family_of, quantized_names
 from bitnet_arch.modeling import form_of
 from bitnet_arch.packing import CODES_PER_BYTE, pack_codes
-from bitnet_arch.quant import GROUP, quantize_weight
+from bitnet_arch.quant import GROUP, Granularity, quantize_weight
 from bitnet_arch.shards import MAX_SHARD_SIZE, ShardWriter, TensorSpec, check_finite
 from bitnet_arch.subln import InputStatistics, recording
 
@@ -71,12 +72,7 @@ def convert_directory(
             full disk.
     """
     config, source, out = config or ConversionConfig(), Path(source), Path(out)
-    if linear_class not in get_args(LinearClass):
-        raise UserError(f"unknown scale convention {linear_class!r}: choose {' or '.join(get_args(LinearClass))}")
-    if linear_class != "bitlinear" and not packed:
-        raise UserError(f"linear_class={linear_class!r} has no effect on float masters: leave it out or pass packed=True")
-    if out.resolve() == source.resolve():
-        raise UserError(f"{out} is the source itself, whose weights would be lost: choose another output")
+    check_output(source, out, packed, linear_class)
     check_source(source, config)
     if config.calibrates and calibration is None:
         raise UserError("calibrated gains need calibration token ids: pass calibration=... or gain='one'")
@@ -84,21 +80,46 @@ def convert_directory(
     with open_weights(source) as reader:
         model = skeleton(reader)
         check_layers(model, reader)
-        companions = Companions(
-            generation=read_generation_config(source) or model.generation_config,
-            tokenizer=load_tokenizer(source) if (source / "tokenizer.json").is_file() else None,
-            provenance=provenance or read_provenance(source),
-        )
-        plan = plan_conversion(model.config, config, _Floats(reader), partial(measure_stream, reader, calibration=rows))
-        result = _Result(plan, packed, linear_class)
+        companions = companions_of(source, model, provenance)
+        plan = plan_conversion(model.config, config, Floats(reader), partial(measure_stream, reader, calibration=rows))
+        result = DirectoryResult(plan.target, packed, linear_class)
 
         def fill(target: Path) -> None:
             (target / "config.json").write_text(result.config_text())
             with ShardWriter(target, result.specs(), max_shard_size) as writer:
-                result.write(reader, writer)
+                _write(reader, writer, plan, result)
             companions.write(target)
 
         write_directory(out, fill)
+
+
+def check_output(source: Path, out: Path, packed: bool, linear_class: str) -> None:
+    """Refuse an output that cannot be written so.
+
+    Raises:
+        UserError: if it is the source, or for a scale convention that is unknown or without effect.
+    """
+    if linear_class not in get_args(LinearClass):
+        raise UserError(f"unknown scale convention {linear_class!r}: choose {' or '.join(get_args(LinearClass))}")
+    if linear_class != "bitlinear" and not packed:
+        raise UserError(f"linear_class={linear_class!r} has no effect on float masters: leave it out or pass packed=True")
+    if out.resolve() == source.resolve():
+        raise UserError(f"{out} is the source itself, whose weights would be lost: choose another output")
+
+
+def companions_of(source: Path, model: PreTrainedModel, provenance: str | None) -> Companions:
+    """Return what goes beside the result of a directory: what lies beside the source.
+
+    Args:
+        source: the directory.
+        model: its skeleton, for the way of generating that it has by default.
+        provenance: replaces the source's own.
+    """
+    return Companions(
+        generation=read_generation_config(source) or model.generation_config,
+        tokenizer=load_tokenizer(source) if (source / "tokenizer.json").is_file() else None,
+        provenance=provenance or read_provenance(source),
+    )
 
 
 def check_source(source: Path | str, config: ConversionConfig) -> None:
@@ -113,34 +134,48 @@ def check_source(source: Path | str, config: ConversionConfig) -> None:
         check_family(reader.model_config, config)
 
 
-class _Floats:
+class Floats:
     """A directory's tensors in float32."""
 
     def __init__(self, reader: WeightReader) -> None:
         self.reader = reader
 
     def get(self, name: str) -> Tensor:
+        """Return a tensor."""
         return self.reader.get(name).float()
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
         return self.reader.shape(name)
 
 
-class _Result:
-    """What a plan makes of a directory: names, types and shapes, then the tensors one by one."""
+class DirectoryResult:
+    """What a directory will hold: its configuration, and the names, types and shapes of its tensors.
 
-    def __init__(self, plan: ConversionPlan, packed: bool, linear_class: LinearClass) -> None:
+    Attributes:
+        model: the model in master form, on the meta device.
+        packed: whether ternary weights are 2-bit codes.
+        linear_class: the scale convention of codes.
+        ternary: names of the ternary weights.
+    """
+
+    def __init__(self, config: PreTrainedConfig, packed: bool, linear_class: LinearClass) -> None:
         with torch.device("meta"):
-            self.model: PreTrainedModel = with_layers(AutoModelForCausalLM.from_config(plan.target))
-        self.plan, self.packed = plan, packed
-        self.own = form_of(plan.target) is not None
-        self.linear_class: LinearClass = "autobitlinear" if self.own else linear_class
+            self.model: PreTrainedModel = with_layers(AutoModelForCausalLM.from_config(config))
+        self.packed = packed
+        self.form = form_of(config)
+        self.linear_class: LinearClass = "autobitlinear" if self.form else linear_class
         self.ternary = {f"{name}.weight" for name in quantized_names(self.model)}
+
+    @property
+    def granularity(self) -> Granularity:
+        """How many weights share a scale."""
+        return self.form.granularity if self.form else "tensor"
 
     def config_text(self) -> str:
         """Return the `config.json`."""
         block = None
-        if not self.own:
+        if not self.form:
             packed, master = quantization_block(self.linear_class, "offline"), quantization_block("autobitlinear", "online")
             block = packed if self.packed else master
         return config_text(self.model.config, type(self.model).__name__, block, self.packed)
@@ -162,34 +197,39 @@ class _Result:
                     raise UserError(f"{name.removesuffix('.weight')}: {need}: save the master form")
                 found[name] = TensorSpec(torch.uint8, (shape[0] // CODES_PER_BYTE, shape[1]))
                 scales = {"tensor": (1,), "row": (shape[0], 1), "group128": (shape[0], -(-shape[1] // GROUP))}
-                found[_scale_name(name)] = TensorSpec(torch.float32, scales[self.plan.granularity])
+                found[_scale_name(name)] = TensorSpec(torch.float32, scales[self.granularity])
             else:
-                found[name] = TensorSpec(torch.float32, shape)
+                found[name] = TensorSpec(self._float_type(name), shape)
         return found
 
-    @torch.no_grad()
-    def write(self, reader: WeightReader, writer: ShardWriter) -> None:
-        """Write every tensor."""
-        for name in writer.specs:
-            if name in self.plan.added:
-                writer.write(name, self.plan.added[name].float())
-            elif name in self.ternary:
-                self._write_matrix(name, reader, writer)
-            elif name in reader:  # else a scale, which comes with its matrix
-                for piece in reader.pieces(name):
-                    writer.write(name, self.plan.edit(name, piece.float()))
+    def _float_type(self, name: str) -> torch.dtype:
+        halves = self.packed and self.form is not None and self.form.lrc_rank and self.form.lrc_dtype == "float16"
+        return torch.float16 if halves and name.endswith((".lrc_u", ".lrc_v")) else torch.float32
 
-    def _write_matrix(self, name: str, reader: WeightReader, writer: ShardWriter) -> None:
-        weight = reader.get(name).float()
-        check_finite(name, weight)
-        weight = self.plan.master(name, weight)
-        if not self.packed:
-            writer.write(name, weight)
+    def write(self, name: str, tensor: Tensor, writer: ShardWriter) -> None:
+        """Write a tensor, or the next rows of one that is not ternary, from its master: float32."""
+        if not self.packed or name not in self.ternary:
+            writer.write(name, tensor.to(writer.specs[name].dtype))
             return
-        codes, scale = quantize_weight(weight, self.plan.granularity)
-        del weight
+        codes, scale = quantize_weight(tensor, self.granularity)
+        del tensor
         writer.write(name, pack_codes(codes))
         writer.write(_scale_name(name), stored_scale(scale, self.linear_class))
+
+
+@torch.no_grad()
+def _write(reader: WeightReader, writer: ShardWriter, plan: ConversionPlan, result: DirectoryResult) -> None:
+    """Write every tensor of a conversion."""
+    for name in writer.specs:
+        if name in plan.added:
+            result.write(name, plan.added[name].float(), writer)
+        elif name in result.ternary:
+            weight = reader.get(name).float()
+            check_finite(name, weight)
+            result.write(name, plan.master(name, weight), writer)
+        elif name in reader:  # else a scale, which comes with its matrix
+            for piece in reader.pieces(name):
+                result.write(name, plan.edit(name, piece.float()), writer)
 
 
 def _scale_name(weight: str) -> str:
@@ -242,7 +282,7 @@ def _enter(
     model: PreTrainedModel, family: Family, reader: WeightReader, calibration: list[Tensor]
 ) -> tuple[list[Tensor], list[list[Call]]]:
     """Return what goes into the first block for every row of tokens, and what else goes into each block."""
-    rows = _embed_used(model, family, reader, calibration)
+    rows = embed_used(model, family, reader, calibration)
     blocks: nn.ModuleList = model.get_submodule(family.blocks)  # type: ignore[assignment]
     seen: list[tuple[Tensor, Call]] = []
     for index, block in enumerate(blocks):
@@ -260,8 +300,14 @@ def _enter(
     return hidden, calls
 
 
-def _embed_used(model: PreTrainedModel, family: Family, reader: WeightReader, calibration: list[Tensor]) -> list[Tensor]:
-    """Give the embedding the rows of the calibration's tokens only; return the tokens by their places among them."""
+def embed_used(model: PreTrainedModel, family: Family, reader: WeightReader, calibration: list[Tensor]) -> list[Tensor]:
+    """Give the embedding the rows of the calibration's tokens only; return the tokens by their places among them.
+
+    Raises:
+        UserError: for no tokens, or tokens that the model does not have.
+    """
+    if not any(ids.numel() for ids in calibration):
+        raise UserError("calibration has no tokens: pass token ids of text like the model's use")
     used, places = torch.cat([ids.flatten() for ids in calibration]).unique(return_inverse=True)
     name = f"{family.embedding}.weight"
     if int(used.min()) < 0 or int(used.max()) >= reader.shape(name)[0]:

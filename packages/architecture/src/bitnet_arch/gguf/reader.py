@@ -30,13 +30,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A parsed file; tensors are read on demand from a memory map.
+    """A parsed file; tensors are read on demand, by position: pages of a memory map would count as the process's own.
 
     Attributes:
         path: the file.
         metadata: keys and values.
         tensors: by name.
-        data: the file's bytes.
+        data: the file's bytes, memory-mapped.
         keys_end: offset behind the last key and value, where the list of tensors begins.
         infos_end: offset behind the list of tensors.
         tensors_start: offset of the first tensor's place, `infos_end` rounded up to the file's alignment.
@@ -50,11 +50,27 @@ class GgufFile:
     infos_end: int
     tensors_start: int
 
-    def raw(self, name: str) -> NDArray[np.uint8]:
-        """Return a tensor's bytes, `[rows, row_bytes]`, or `[1, bytes]` for I2_S, whose scale belongs to no row."""
+    def raw(self, name: str, rows: slice | None = None) -> NDArray[np.uint8]:
+        """Return a tensor's bytes, `[rows, row_bytes]`, or `[1, bytes]` for I2_S, whose scale belongs to no row.
+
+        Args:
+            name: the tensor.
+            rows: some of the rows.
+
+        Raises:
+            UserError: if the file has become shorter since it was parsed.
+        """
         info = self.tensors[name]
-        rows = 1 if info.ggml_id == I2_S else int(np.prod(info.shape[:-1]))
-        return self.data[info.offset : info.offset + info.nbytes].reshape(rows, -1)
+        count = 1 if info.ggml_id == I2_S else int(np.prod(info.shape[:-1]))
+        start, stop, _ = (rows or slice(None)).indices(count)
+        width = info.nbytes // count
+        size = max(stop - start, 0) * width
+        with self.path.open("rb") as file:
+            file.seek(info.offset + start * width)
+            found = np.fromfile(file, np.uint8, size)
+        if len(found) != size:
+            raise UserError(f"{self.path} became shorter while it was read: export or download it again")
+        return found.reshape(-1, width)
 
     def ternary(self, name: str) -> tuple[Codes, NDArray[np.float32]]:
         """Return a matrix of a ternary type as int8 codes in its shape and float32 scales `[rows, blocks]`, of I2_S `[1, 1]`.

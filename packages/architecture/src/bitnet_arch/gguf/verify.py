@@ -13,7 +13,8 @@ import numpy as np
 from bitnet_arch.checkpoint import WeightReader
 from bitnet_arch.gguf.architectures import written_architecture
 from bitnet_arch.gguf.floats import EMBEDDING_TYPES, TYPE_NAMES
-from bitnet_arch.gguf.plan import TensorPlan, encode, expected_metadata, plan_tensors, stored_matrix
+from bitnet_arch.gguf.pieces import encoded_pieces
+from bitnet_arch.gguf.plan import TensorPlan, expected_metadata, plan_tensors, stored_matrix
 from bitnet_arch.gguf.reader import GgufFile, read_gguf
 from bitnet_arch.gguf.types import BY_ID, MATRIX_TYPES, f16_scale
 
@@ -72,7 +73,7 @@ def _same_tensor(reader: WeightReader, plan: TensorPlan, written: GgufFile) -> b
     info = written.tensors[plan.name]
     if info.ggml_id != plan.ggml_id or info.shape != plan.shape:
         return False
-    if written.raw(plan.name).tobytes() != encode(reader, plan).tobytes():
+    if any(written.raw(plan.name, rows).tobytes() != data.tobytes() for rows, data in encoded_pieces(reader, plan)):
         return False
     if plan.part != "ternary" or plan.ggml_id not in BY_ID or reader.granularity != "tensor":
         return True

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
@@ -14,7 +14,8 @@ from bitnet_arch.checkpoint import WeightReader, open_weights
 from bitnet_arch.errors import UserError
 from bitnet_arch.gguf.architectures import choose_architecture
 from bitnet_arch.gguf.floats import PLAIN, SIZES, TYPE_NAMES
-from bitnet_arch.gguf.plan import TensorPlan, encode, expected_metadata, plan_tensors, stored_bytes
+from bitnet_arch.gguf.pieces import encoded_pieces
+from bitnet_arch.gguf.plan import TensorPlan, expected_metadata, plan_tensors, stored_bytes
 from bitnet_arch.gguf.types import I2_S
 from bitnet_arch.gguf.verify import file_differences
 
@@ -53,7 +54,7 @@ def export_gguf(
     architecture: str = "auto",
     embedding: str = "f16",
 ) -> GgufReport:
-    """Export a ternary model directory (master or packed).
+    """Export a ternary model directory (master or packed), in the memory of its largest ternary matrix.
 
     Weights become ternary by absmean before packing, with the scales rounded to f16, so every ternary type holds the same numbers.
     Two types round otherwise: BF16 to bf16, which moves a scale by up to 0.2%, and I2_S and scales in tensors of their own not at
@@ -120,11 +121,22 @@ def _write(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for done, plan in enumerate(plans, 1):
-            writer.write_tensor_data(encode(reader, plan))
+            writer.write_tensor_data(_Pieces(reader, plan))  # type: ignore[arg-type]
             if progress:
                 progress(done, len(plans))
     finally:
         writer.close()
+
+
+class _Pieces:
+    """What `GGUFWriter` needs of an array, of a tensor that is encoded while it is written."""
+
+    def __init__(self, reader: WeightReader, plan: TensorPlan) -> None:
+        self.reader, self.plan, self.nbytes = reader, plan, stored_bytes(plan)
+
+    def tofile(self, file: BinaryIO) -> None:
+        for _, data in encoded_pieces(self.reader, self.plan):
+            data.tofile(file)
 
 
 def _write_metadata(writer: gguf.GGUFWriter, values: dict[str, Any]) -> None:

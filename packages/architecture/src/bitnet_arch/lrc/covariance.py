@@ -1,7 +1,7 @@
 """What the solvers need of calibration: covariances of a layer's inputs, accumulated while a decoder's blocks run one by one."""
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -159,16 +159,23 @@ class _Recorder(Generic[Sums]):
         self.latest.x, self.latest.sums = x, self.sums
 
 
+Hold = Callable[[str, nn.Module], AbstractContextManager[object]]
+"""Called with a block's dotted name and a dot, and the block: its tensors are needed, and as they are, until the context ends."""
+
+
 @torch.no_grad()
-def run_blocks(model: PreTrainedModel, calibration: Iterable[Tensor], visit: Callable[[Block], None]) -> None:
+def run_blocks(
+    model: PreTrainedModel, calibration: Iterable[Tensor], visit: Callable[[Block], None], hold: Hold | None = None
+) -> None:
     """Call `visit` with one block after the other; what a visit makes of a block is what the next one's inputs come from.
 
     The model runs in evaluation mode and is left in the mode it was in.
 
     Args:
-        model: a decoder of a known family.
+        model: a decoder of a known family; with `hold`, its blocks may have no values outside of it.
         calibration: token ids, each int64 `[batch, time]`.
         visit: may run the block, look at its layers and change them.
+        hold: brings a block's tensors and takes them away again: see `bitnet_arch.block_stream`. By default they are there.
 
     Raises:
         UserError: for no tokens, tokens that the model does not have, or a family whose blocks cannot be run one by one.
@@ -184,14 +191,19 @@ def run_blocks(model: PreTrainedModel, calibration: Iterable[Tensor], visit: Cal
     model.eval()
     try:
         streams = [_enter(model, ids) for ids in rows]
-        for index, module in enumerate(model.get_submodule(family.blocks).children()):
+        blocks = list(model.get_submodule(family.blocks).children())
+        for index, module in enumerate(blocks):
 
             def run(module: nn.Module = module, index: int = index) -> list[Tensor]:
                 return [stream.through(module, index) for stream in streams]
 
-            visit(Block(f"{family.blocks}.{index}.", module, run))
-            for stream, hidden in zip(streams, run(), strict=True):
-                stream.hidden = hidden
+            prefix = f"{family.blocks}.{index}."
+            with hold(prefix, module) if hold is not None else nullcontext():
+                visit(Block(prefix, module, run))
+                if index + 1 == len(blocks):  # nobody reads what the last one hands on
+                    break
+                for stream, hidden in zip(streams, run(), strict=True):
+                    stream.hidden = hidden
     finally:
         model.train(was_training)
 

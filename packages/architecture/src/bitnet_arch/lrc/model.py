@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -107,20 +108,31 @@ def add_lrc(
             )
     model = _with_form(model, config.rank, config.dtype)
 
-    def visit(block: Block) -> None:
-        names = [name for name in quantized_names(model) if name.startswith(block.prefix)]
-        for name in names:
-            if config.quantizer != "keep":
-                layers[name].set_strength(0.0)  # type: ignore[operator]
-        for name, found in block.covariances(names).items():
-            layer = layers[name]
-            solution = _solve(layer, layer.weight if weights is None else weights[name], found, config)
-            model.set_submodule(name, _corrected(layer, solution, config))
-            if on_layer is not None:
-                on_layer(name, solution)
-
-    run_blocks(model, calibration, visit)
+    run_blocks(model, calibration, partial(correct_block, model, config, weights=weights, on_layer=on_layer))
     return model
+
+
+def correct_block(
+    model: PreTrainedModel,
+    config: LRCConfig,
+    block: Block,
+    weights: Mapping[str, Tensor] | None = None,
+    on_layer: Callable[[str, Solution], None] | None = None,
+) -> None:
+    """Solve the corrections of a block's layers: what `run_blocks` is to call for each. Arguments as of `add_lrc`."""
+    names = [name for name in quantized_names(model) if name.startswith(block.prefix)]
+    layers: dict[str, BitLinear | PackedBitLinear] = {name: model.get_submodule(name) for name in names}  # type: ignore[misc]
+    if config.quantizer != "keep":
+        for layer in layers.values():
+            layer.set_strength(0.0)  # type: ignore[operator]
+    covariances = block.covariances(names)
+    for name in names:
+        layer, found = layers.pop(name), covariances.pop(name)  # large ones are not held longer than they are needed
+        solution = _solve(layer, layer.weight if weights is None else weights[name], found, config)
+        del found
+        model.set_submodule(name, _corrected(layer, solution, config))
+        if on_layer is not None:
+            on_layer(name, solution)
 
 
 def start_lrc(model: PreTrainedModel, rank: int | float, dtype: AdapterDtype = "float16") -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """Post-training ternary for a whole model: block by block, each on what the quantised blocks before it hand over."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -42,35 +43,55 @@ def quantize_model(
     Raises:
         UserError: for an unknown method, missing or useless calibration, a model that is packed, or one of no known family.
     """
-    quantize = quantizer(method)
+    check_method(method, calibration, epsilon)
+    model = as_converted(model)
+    if any(isinstance(module, PackedBitLinear) for module in model.modules()):
+        raise UserError("the model is packed and has no float weights to quantise: start from its master or float form")
+    if calibration is not None:
+        run_blocks(model, calibration, partial(quantize_block, model, method, epsilon))
+    else:
+        quantize_layers(model, method)
+    return model
+
+
+def check_method(method: str, calibration: Iterable[Tensor] | None, epsilon: float) -> None:
+    """Refuse what `quantize_model` cannot do.
+
+    Raises:
+        UserError: for an unknown method, missing calibration or some without effect, or an impossible damping.
+    """
+    quantizer(method)
     if method.startswith("gptq") and calibration is None:
         raise UserError(f"{method} needs calibration token ids: pass calibration=... or choose least_squares")
     if method == "absmean" and calibration is not None:
         raise UserError("absmean looks at weights alone and calibration has no effect on it: leave calibration out")
     check_epsilon(epsilon)
-    model = as_converted(model)
-    if any(isinstance(module, PackedBitLinear) for module in model.modules()):
-        raise UserError("the model is packed and has no float weights to quantise: start from its master or float form")
 
-    def replace(layer: BitLinear, hessian: Tensor | None) -> None:
-        codes, scale = quantize(layer.weight, hessian, layer.granularity)
-        layer.weight.copy_(master_weight(codes, scale, layer.granularity))
-        layer.set_strength(1.0)
 
-    def visit(block: Block) -> None:
-        set_lambda(block.module, 0.0)
-        names = [name for name in quantized_names(model) if name.startswith(block.prefix)]
-        for name, found in block.hessians(names).items():
-            replace(model.get_submodule(name), found.regularized(epsilon))  # type: ignore[arg-type]
+def quantize_block(model: PreTrainedModel, method: Method, epsilon: float, block: Block) -> None:
+    """Quantise a block's layers on the covariances of their inputs: what `run_blocks` is to call for each."""
+    set_lambda(block.module, 0.0)
+    names = [name for name in quantized_names(model) if name.startswith(block.prefix)]
+    hessians = block.hessians(names)
+    for name in names:
+        found = hessians.pop(name)  # a large one is not held longer than it is needed
+        _replace(model.get_submodule(name), method, found.regularized(epsilon))  # type: ignore[arg-type]
 
-    if calibration is not None:
-        run_blocks(model, calibration, visit)
-    elif method == "absmean":
-        set_lambda(model, 1.0)
-    else:
-        for _, layer in bitlinear_layers(model):
-            replace(layer, None)
-    return model
+
+@torch.no_grad()
+def quantize_layers(module: nn.Module, method: Method) -> None:
+    """Quantise layers by their weights alone."""
+    if method == "absmean":
+        set_lambda(module, 1.0)
+        return
+    for _, layer in bitlinear_layers(module):
+        _replace(layer, method, None)
+
+
+def _replace(layer: BitLinear, method: Method, hessian: Tensor | None) -> None:
+    codes, scale = quantizer(method)(layer.weight, hessian, layer.granularity)
+    layer.weight.copy_(master_weight(codes, scale, layer.granularity))
+    layer.set_strength(1.0)
 
 
 def as_converted(model: PreTrainedModel) -> PreTrainedModel:
