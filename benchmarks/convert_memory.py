@@ -9,8 +9,8 @@ tensor by tensor and deleted afterwards. Each case runs in a process of its own.
 has, in pieces of 32 MiB, in the same process and before the case: both find the source in the page cache if it fits.
 
 What a case may hold above the Python baseline: 300 MiB and the largest tensor where nothing is calibrated, else embedding, one
-block, its covariances and activations. GPTQ and LRC solve a layer with several matrices of a covariance's size, and the gate holds an
-embedding twice: these are shown and not judged, and the gate, run with an engine that knows nothing, says nothing of the file.
+block, its covariances and activations. GPTQ and LRC solve a layer with several matrices of a covariance's size, and the gate holds
+an embedding twice: these are shown and not judged, and the gate, run with an engine that knows nothing, says nothing of the file.
 """
 
 import json
