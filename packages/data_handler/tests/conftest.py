@@ -1,7 +1,17 @@
 import json
+from pathlib import Path
 
 import pytest
 from data_handler import DataConfig, SourceConfig, train_tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """The folder of tokenised sources during the tests, instead of the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_handler.stream.cache_directory", lambda configured: Path(configured) if configured else folder)
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@ import pytest
 import torch
 from bitnet_arch.testing import tiny_llama
 from data_handler import PackedStream, collate, document_attention_mask
-from data_handler.packing import row_tensors
+from data_handler.packing import Piece, Row, Store, row_tensors
 
 DOCUMENTS = [np.arange(10, 19), np.arange(40, 52), np.arange(100, 107)]
 
@@ -15,7 +15,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def batch():
-    return collate([row_tensors(DOCUMENTS, 32, 0, 0), row_tensors(DOCUMENTS[::-1], 32, 0, 0)])
+    pieces = [Piece(Store(document), 0, len(document)) for document in DOCUMENTS]
+    return collate([row_tensors(Row(28, order), 32, 0, 0) for order in (pieces, pieces[::-1])])
 
 
 def logits(model, batch, exact=True):

@@ -79,7 +79,7 @@ def test_an_interruption_is_75(monkeypatch, capsys):
     def interrupt(_source):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_handler.__main__.documents", interrupt)
+    monkeypatch.setattr("data_handler.__main__.records", interrupt)
     assert main(["stats", "demo"]) == 75
     assert "interrupted" in capsys.readouterr().err
 
@@ -88,4 +88,4 @@ def test_the_readme_example_runs(capsys):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     exec(code, {})
-    assert capsys.readouterr().out.splitlines() == ["torch.Size([8, 128])", "{'rows': 8}", "True"]
+    assert capsys.readouterr().out.splitlines() == ["torch.Size([8, 128])", "8", "True"]

@@ -92,7 +92,7 @@ def test_a_wrong_file_is_refused_in_one_sentence(text, message, tmp_path):
 
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path):
-    with pytest.raises(UserError, match="no data configuration 'demmo': use demo, fineweb_edu"):
+    with pytest.raises(UserError, match="no data configuration 'demmo': use chat, demo, fineweb_edu"):
         load_config("demmo")
     with pytest.raises(UserError, match=r"missing\.yaml cannot be read"):
         load_config(str(tmp_path / "missing.yaml"))

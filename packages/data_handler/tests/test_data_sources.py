@@ -57,13 +57,13 @@ def test_a_missing_column_names_those_that_exist(kind, path, message, files_of_e
 @pytest.mark.parametrize(
     ("kind", "name", "content", "message"),
     [
-        ("jsonl", "x.jsonl", b'{"text": "a"}\n{"text": ', r"x\.jsonl:2 is not JSON"),
-        ("jsonl", "x.jsonl", b'["a"]\n', "x.jsonl:1 is not a JSON object"),
-        ("jsonl", "x.jsonl", b'{"text": 5}\n', "'text' in .*:1 is not text but int"),
-        ("jsonl", "x.jsonl", b'{"text": "\xff"}\n', "cannot be read"),
-        ("jsonl", "x.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 99)[:-20], "cannot be read"),
+        ("jsonl", "x.jsonl", b'{"text": "a"}\n{"text": ', r"x\.jsonl:2 \(byte 14\) is not JSON"),
+        ("jsonl", "x.jsonl", b'["a"]\n', r"x.jsonl:1 \(byte 0\) is not a JSON object"),
+        ("jsonl", "x.jsonl", b'{"text": 5}\n', r"'text' in .*:1 \(byte 0\) is not text but int"),
+        ("jsonl", "x.jsonl", b'{"text": "ab"}\n{"text": "\xff"}\n', r"x.jsonl:2 \(byte 15\) is not UTF-8"),
+        ("jsonl", "x.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 99)[:-20], "cannot be read after byte 272 .*end-of-stream"),
         ("parquet", "x.parquet", b"PAR1 not really", "cannot be read as Parquet"),
-        ("text", "x.txt", b"\xff\xfe\xfa", r"x\.txt cannot be read as UTF-8 text"),
+        ("text", "x.txt", b"ab\xff\xfe", r"x\.txt cannot be read as UTF-8 text after byte 2"),
     ],
 )
 def test_a_damaged_file_is_named(kind, name, content, message, tmp_path):
@@ -109,7 +109,7 @@ def test_a_hub_source_streams_a_local_copy_through_the_same_path(form, tmp_path,
     else:
         (tmp_path / "copy").mkdir()
         (tmp_path / "copy" / "train.jsonl").write_text("".join(json.dumps({"text": t, "id": "x"}) + "\n" for t in texts))
-    source = SourceConfig(name="web", kind="hub", dataset=str(tmp_path / "copy"))
+    source = SourceConfig(name="web", kind="hub", dataset=str(tmp_path / "copy"), shuffle_buffer=1)
     assert list(documents(source)) == words["a"]
     config = DataConfig(sources=(source,), sequence_length=32, heldout_share=0.2)
     rows = PackedStream(config, byte_tokenizer).rows()
@@ -134,7 +134,7 @@ def test_a_hub_source_names_what_is_wrong(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="has no column 'text': set text_column to one of id, body, score"):
         list(documents(SourceConfig(name="s", kind="hub", dataset=where)))
     assert list(documents(SourceConfig(name="s", kind="hub", dataset=where, text_column="body"))) == ["a"]
-    with pytest.raises(UserError, match=r"'score' of .* is not text"):
+    with pytest.raises(UserError, match=r"'score' in .*copy, shard 0, row 1 is not text but float"):
         list(documents(SourceConfig(name="s", kind="hub", dataset=where, text_column="score")))
     with pytest.raises(UserError, match="could not be opened"):
         list(documents(SourceConfig(name="s", kind="hub", dataset=where, split="validation")))

@@ -4,7 +4,7 @@ from dataclasses import replace
 from itertools import islice
 
 import pytest
-from data_handler import DataConfig, PackedStream, SourceConfig, UserError, is_heldout, train_tokenizer
+from data_handler import DataConfig, PackedStream, SourceConfig, UserError, is_heldout, probe_rows, train_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -190,3 +190,19 @@ def test_the_fingerprint_follows_everything_that_decides_the_rows(write_jsonl, b
         PackedStream(config(texts), train_tokenizer(texts, 300)).fingerprint(),
     ]
     assert len({plain, *others}) == 5
+
+
+def test_probes_are_held_out_rows_of_one_domain_each_in_equal_measure(config, byte_tokenizer, words):
+    sources = (replace(config.sources[0], weight=9.0), config.sources[1])
+    probes = probe_rows(replace(config, sources=sources), byte_tokenizer, 40)
+    training = {
+        piece
+        for name, texts in words.items()
+        for piece in expected([t for t in texts if not is_heldout(t, 0.2)], byte_tokenizer, 32, "ab".index(name))
+    }
+    for index, name in enumerate("ab"):
+        assert {int(row["domain"]) for row in probes[name]} == {index}
+        assert sum(int((row["document_ids"] > 0).sum()) for row in probes[name]) == 40
+        assert not set(pieces(probes[name])) & training
+    with pytest.raises(UserError, match="heldout_share is 0"):
+        probe_rows(replace(config, heldout_share=0), byte_tokenizer, 60)

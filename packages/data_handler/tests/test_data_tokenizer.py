@@ -5,7 +5,7 @@ from bitnet_arch import save_master
 from bitnet_arch.gguf.tokenizer import read_tokenizer
 from bitnet_arch.testing import tiny_bitnet, tiny_tokenizer
 from data_handler import UserError, restore_tokenizer, train_tokenizer
-from data_handler.corpus import encode
+from data_handler.encoding import encode
 
 TEXTS = ["the cat sat on the mat. " * 5, "def add(a, b):\n    return a + b\n", "naïve café, 12345 and 日本語"]
 

@@ -25,6 +25,7 @@ def overrides(corpus, tmp_path):
         "data.sources=["
         f"{{name: salad, kind: text, path: '{corpus}/salad-*.txt'}}, {{name: count, kind: text, path: '{corpus}/count-*.txt'}}]",
         "data.sequence_length=32",
+        f"data.cache_dir={corpus.parent / 'cache'}",
         "data.heldout_share=0.1",
         "data.heldout_tokens=1024",
         "training=smoke",

@@ -10,10 +10,11 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from data_handler.cache import SHOW_PROGRESS_AFTER
 from data_handler.config import DataConfig, SourceConfig, config_names, load_config
-from data_handler.corpus import SHOW_PROGRESS_AFTER, encode
+from data_handler.encoding import Encoder
 from data_handler.errors import UserError
-from data_handler.sources import documents
+from data_handler.sources import records
 from data_handler.split import is_heldout
 
 HUB_DOCUMENTS = 1000
@@ -51,13 +52,14 @@ def source_statistics(source: SourceConfig, config: DataConfig, tokenizer: Any =
         UserError: if the source cannot be read or is empty.
     """
     counts = dict.fromkeys(("documents", "characters", "tokens", "heldout_documents", "heldout_characters", "heldout_tokens"), 0)
-    found = documents(source)
+    encoder = Encoder(tokenizer) if tokenizer else None
+    found = records(source)
     shown = tqdm(islice(found, limit), desc=source.name, delay=SHOW_PROGRESS_AFTER, disable=None, leave=False)
-    for text in shown:
-        tokens = sum(map(len, encode([text], tokenizer))) if tokenizer else 0
-        for part in ("", "heldout_") if is_heldout(text, config.heldout_share) else ("",):
+    for record in shown:
+        tokens = len(encoder.encode([record], f"source {source.name}")[0].tokens) if encoder else 0
+        for part in ("", "heldout_") if is_heldout(record.text, config.heldout_share) else ("",):
             counts[f"{part}documents"] += 1
-            counts[f"{part}characters"] += len(text)
+            counts[f"{part}characters"] += len(record.text)
             counts[f"{part}tokens"] += tokens
     if not counts["documents"]:
         raise UserError(f"source {source.name} is empty: give it at least one document with text")

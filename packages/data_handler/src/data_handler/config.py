@@ -10,14 +10,16 @@ import yaml
 
 from data_handler.errors import UserError
 
+SHUFFLE_BUFFER = 1000
+COLUMN_FIELDS = ("text_column", "text_columns", "separator", "messages_column")
 USED_FIELDS: dict[str, tuple[str, ...]] = {
     "stdlib_code": (),
     "stdlib_prose": (),
-    "text": ("path",),
-    "jsonl": ("path", "text_column"),
-    "parquet": ("path", "text_column"),
-    "hub": ("dataset", "subset", "split", "text_column"),
-    "package": ("path",),
+    "text": ("path", "streaming"),
+    "jsonl": ("path", "streaming", *COLUMN_FIELDS),
+    "parquet": ("path", "streaming", *COLUMN_FIELDS),
+    "hub": ("dataset", "subset", "split", *COLUMN_FIELDS),
+    "package": ("path", "streaming"),
 }
 """Each kind of source, and which of the optional fields act on it."""
 
@@ -35,6 +37,13 @@ class SourceConfig:
         subset: the hub data set's configuration name.
         split: the hub data set's split.
         text_column: the field or column that holds the text (jsonl, parquet, hub).
+        text_columns: several of them, joined by `separator` in this order, instead of `text_column`.
+        separator: what stands between several columns' texts.
+        messages_column: the column that holds conversations, lists of messages with `role` and `content`, instead of text; the
+            tokenizer's chat template lays them out, and only what the assistant says is learnt.
+        streaming: read and tokenise while training instead of tokenising everything once, into a cache, before it; a `hub` source
+            always does.
+        shuffle_buffer: documents of a streamed source that are shuffled among each other, 1 keeps their order; None takes 1000.
         weight: share of the tokens, relative to the other sources' weights.
 
     Raises:
@@ -48,6 +57,11 @@ class SourceConfig:
     subset: str | None = None
     split: str = "train"
     text_column: str = "text"
+    text_columns: tuple[str, ...] = ()
+    separator: str = "\n\n"
+    messages_column: str | None = None
+    streaming: bool = False
+    shuffle_buffer: int | None = None
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -57,20 +71,61 @@ class SourceConfig:
             isinstance(self.kind, str) and self.kind in USED_FIELDS,
             f"{where}: kind must be one of {', '.join(USED_FIELDS)}, not {self.kind!r}",
         )
+        if isinstance(self.text_columns, list):
+            object.__setattr__(self, "text_columns", tuple(self.text_columns))
         needed = {"hub": "dataset", "stdlib_code": None, "stdlib_prose": None}.get(self.kind, "path")
-        defaults = {"path": None, "dataset": None, "subset": None, "split": "train", "text_column": "text"}
+        defaults = {"path": None, "dataset": None, "subset": None, "split": "train", "text_column": "text", "messages_column": None}
         for field, default in defaults.items():
             value = getattr(self, field)
             if field == needed or default is not None or value is not None:
                 _require(isinstance(value, str) and value, f"{where}: {field} must be a non-empty string, not {value!r}")
+        others: dict[str, object] = {"text_columns": (), "separator": "\n\n", "streaming": False}
+        for field, usual in {**defaults, **others}.items():
             _require(
-                value == default or field in USED_FIELDS[self.kind],
+                getattr(self, field) == usual or field in USED_FIELDS[self.kind],
                 f"{where}: {field} has no effect on kind {self.kind}, remove it",
+            )
+        self._check_columns(where)
+        _require(isinstance(self.streaming, bool), f"{where}: streaming must be true or false, not {self.streaming!r}")
+        if self.shuffle_buffer is not None:
+            _require(self.streamed, f"{where}: shuffle_buffer has no effect without streaming, remove it")
+            _require(
+                _is_int(self.shuffle_buffer) and self.shuffle_buffer >= 1,
+                f"{where}: shuffle_buffer must be a whole number of at least 1, not {self.shuffle_buffer!r}",
             )
         if self.kind == "package":
             left, _, right = str(self.path).partition(":")
             _require(left and right, f"{where}: path must be DISTRIBUTION:GLOB for kind package, not {self.path!r}")
         _require(_is_number(self.weight) and self.weight > 0, f"{where}: weight must be a number above 0, not {self.weight!r}")
+
+    def _check_columns(self, where: str) -> None:
+        names = self.text_columns
+        _require(
+            isinstance(names, tuple) and all(isinstance(name, str) and name for name in names),
+            f"{where}: text_columns must be a list of column names, not {names!r}",
+        )
+        _require(isinstance(self.separator, str), f"{where}: separator must be a string, not {self.separator!r}")
+        _require(len(set(names)) == len(names), f"{where}: text_columns names a column twice: {', '.join(names)}")
+        chosen = [
+            field
+            for field, default in (("text_column", "text"), ("text_columns", ()), ("messages_column", None))
+            if getattr(self, field) != default
+        ]
+        _require(len(chosen) < 2, f"{where}: {' and '.join(chosen)} exclude each other, keep one")
+        _require(
+            len(names) > 1 or self.separator == "\n\n",
+            f"{where}: separator has no effect without several text_columns, remove it",
+        )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read."""
+        return (self.messages_column,) if self.messages_column else self.text_columns or (self.text_column,)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the source is read while training, not tokenised before it."""
+        return self.kind == "hub" or self.streaming
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +139,10 @@ class DataConfig:
         heldout_tokens: how many held-out tokens are evaluated at most, divided among the sources by weight.
         packing: several documents a row; otherwise one document a row, padded.
         packing_buffer: rows open at a time while packing.
+        lanes: into how many parts each source is dealt; row k of the stream comes from lane k % lanes. A process and its workers
+            read and tokenise only their own lanes of a streamed source, if `rows_per_step` is a multiple of `lanes`; the order
+            depends on this number, and on no number of processes or workers.
+        cache_dir: where finite sources are kept tokenised; None takes `$WF_CACHE/data`, else the user's cache folder.
 
     Raises:
         UserError: for a value that cannot be meant.
@@ -95,6 +154,8 @@ class DataConfig:
     heldout_tokens: int = 16384
     packing: bool = True
     packing_buffer: int = 64
+    lanes: int = 1
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.sources, list):
@@ -126,6 +187,11 @@ class DataConfig:
         _require(
             self.packing or self.packing_buffer == 64,
             "packing_buffer has no effect without packing: remove it or set packing to true",
+        )
+        _require(_is_int(self.lanes) and self.lanes >= 1, f"lanes must be a whole number of at least 1, not {self.lanes!r}")
+        _require(
+            self.cache_dir is None or (isinstance(self.cache_dir, str) and self.cache_dir.strip()),
+            f"cache_dir must be a folder, not {self.cache_dir!r}",
         )
 
 

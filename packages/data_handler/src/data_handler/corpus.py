@@ -1,134 +1,121 @@
-"""Tokenised documents in memory, and the rows they give: every epoch of a finite source, and the held-out rows."""
+"""Tokenised documents: lengths and addresses of many at once, and the held-out rows."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import count
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm  # type: ignore[import-untyped]
-from transformers import PreTrainedTokenizerBase
 
-from data_handler.mixing import permutation
-from data_handler.packing import Row, Tokens, best_fit, cut
+from data_handler.mixing import Index
+from data_handler.packing import Piece, Row, Store, best_fit
 
-BATCH_CHARACTERS = 1_000_000
-SHOW_PROGRESS_AFTER = 3.0
-
-Span = tuple[int, int]
+Digests = NDArray[np.uint64]
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Documents as token ids.
+class Part(NamedTuple):
+    """Consecutive documents of a corpus.
 
     Attributes:
-        tokens: all documents one after the other, int32 [N].
+        store: their tokens, one document after the other.
         offsets: document d is `tokens[offsets[d] : offsets[d + 1]]`, int64 [D + 1].
+        digests: of each document's text (`content_digest`), uint64 [D].
     """
 
-    tokens: Tokens
-    offsets: NDArray[np.int64]
+    store: Store
+    offsets: Index
+    digests: Digests
+
+
+class Corpus:
+    """A finite source's documents, in parts that may be mapped from files; documents are numbered through."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        """Join parts; ones without documents are dropped."""
+        self.parts = [part for part in parts if len(part.digests)]
+        self._firsts = np.cumsum([0, *(len(part.digests) for part in self.parts)])
+        self.tokens = sum(int(part.offsets[-1]) for part in self.parts)
 
     def __len__(self) -> int:
         """Return the number of documents."""
-        return len(self.offsets) - 1
+        return int(self._firsts[-1])
 
-    def pieces(self, document: int, capacity: int) -> Iterator[Span]:
-        """Yield (start, size) of a document's pieces, as positions in `tokens`."""
-        first = int(self.offsets[document])
-        for start, size in cut(int(self.offsets[document + 1]) - first, capacity):
-            yield first + start, size
+    def digests(self, documents: Index) -> Digests:
+        """Return the content digests of some documents, uint64 [N]."""
+        result = np.empty(len(documents), np.uint64)
+        for part, at, local in self._by_part(documents):
+            result[at] = part.digests[local]
+        return result
 
-    def row(self, used: int, spans: list[Span]) -> Row:
-        """Return the row of these spans (views, no copy)."""
-        return Row(used, [self.tokens[start : start + size] for start, size in spans])
+    def spans(self, documents: Index) -> tuple[Index, Index, Index]:
+        """Return (part, start in it, length) of some documents, int64 [N] each."""
+        result = np.empty((3, len(documents)), np.int64)
+        for number, (part, at, local) in enumerate(self._by_part(documents)):
+            start = part.offsets[local]
+            result[:, at] = np.broadcast_to(number, len(local)), start, part.offsets[local + 1] - start
+        return result[0], result[1], result[2]
 
+    def pieces(self, documents: Index, capacity: int) -> Iterator[tuple[int, Piece]]:
+        """Yield (size, piece) of the documents in order, each cut into pieces of `capacity` tokens and a rest."""
+        part, start, length = self.spans(documents)
+        counts = -(-length // capacity)
+        which = np.repeat(np.arange(len(documents)), counts)
+        depth = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+        sizes = np.minimum(capacity, length[which] - depth * capacity)
+        starts = start[which] + depth * capacity
+        stores = [p.store for p in self.parts]
+        for size, number, at in zip(sizes.tolist(), part[which].tolist(), starts.tolist(), strict=True):
+            yield size, Piece(stores[number], at, size)
 
-def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
-    """Yield each text's token ids, int32, ending with the tokenizer's end-of-sequence token if it has one.
+    def heldout(self, share: float) -> Index:
+        """Return the documents on the held-out side, by digest: a fixed sample, where file order would prefer the first files."""
+        limit = heldout_limit(share)
+        found = [np.flatnonzero(part.digests < limit) + first for part, first in zip(self.parts, self._firsts, strict=False)]
+        chosen = np.concatenate([np.empty(0, np.int64), *found])
+        by_digest: Index = chosen[np.argsort(self.digests(chosen), kind="stable")]
+        return by_digest
 
-    A document begins with the begin-of-sequence token exactly if the tokenizer itself puts one before a text: a model is prompted
-    as it was trained. Text is data: a string in it that looks like a special token is encoded as ordinary text. No other special
-    token is added.
-    """
-    ending = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    begin = tokenizer.bos_token_id
-    beginning = [begin] if begin is not None and tokenizer("a").input_ids[0] == begin else []
-    for batch in _batches(texts):
-        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True, verbose=False)
-        for ids in encoded["input_ids"]:
-            if document := beginning + ids + ending:
-                yield np.asarray(document, np.int32)
+    def holds_training(self, share: float) -> bool:
+        """Say whether any document is left for training."""
+        return any((part.digests >= heldout_limit(share)).any() for part in self.parts)
 
-
-def build_corpus(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, name: str, enough: float = np.inf) -> Corpus:
-    """Tokenise documents until there are no more, or `enough` tokens; a progress bar appears if it takes long."""
-    found: list[Tokens] = []
-    total = 0
-    with tqdm(desc=f"tokenising {name}", unit=" documents", delay=SHOW_PROGRESS_AFTER, disable=None, leave=False) as bar:
-        for ids in encode(texts, tokenizer):
-            found.append(ids)
-            total += len(ids)
-            bar.update()
-            if total >= enough:
-                break
-    offsets = np.cumsum([0, *map(len, found)], dtype=np.int64)
-    return Corpus(np.concatenate(found) if found else np.empty(0, np.int32), offsets)
-
-
-def epoch_rows(corpus: Corpus, capacity: int, buffer: int, key: tuple[object, ...]) -> Iterator[Row]:
-    """Yield the rows of one epoch: every token of every document exactly once.
-
-    Documents are permuted, packed, and the rows permuted again, so that the pieces of a long document do not follow
-    each other. Both orders depend on the key alone.
-    """
-    order = permutation(len(corpus), "documents", *key)
-    pieces = ((size, (start, size)) for d in order for start, size in corpus.pieces(int(d), capacity))
-    packed = list(best_fit(pieces, capacity, buffer))
-    for index in permutation(len(packed), "rows", *key):
-        yield corpus.row(*packed[index])
+    def _by_part(self, documents: Index) -> Iterator[tuple[Part, Index, Index]]:
+        """Yield each part with where its documents are among those asked for, and their numbers in it."""
+        where = np.searchsorted(self._firsts, documents, side="right") - 1
+        for number, part in enumerate(self.parts):
+            at = np.flatnonzero(where == number)
+            yield part, at, documents[at] - self._firsts[number]
 
 
-def endless_rows(corpus: Corpus, capacity: int, buffer: int, seed: int, name: str) -> Iterator[Row]:
-    """Yield the rows of epoch 0, 1, 2, ... of a finite source."""
-    for epoch in count():
-        yield from epoch_rows(corpus, capacity, buffer, (seed, epoch, name))
+def heldout_limit(share: float) -> np.uint64:
+    """Return the digest below which a document is held out, exactly as `is_heldout` decides."""
+    return np.uint64(math.ceil(share * 2.0**64))
 
 
-def heldout_rows(corpus: Corpus, capacity: int, buffer: int, limit: int) -> Iterator[Row]:
+def corpus_of(stores: Sequence[Store]) -> Corpus:
+    """Return documents in memory as a corpus, in this order; their digests are not known and 0."""
+    parts = [Part(store, np.array([0, len(store.tokens)]), np.zeros(1, np.uint64)) for store in stores]
+    return Corpus(parts)
+
+
+def heldout_rows(corpus: Corpus, documents: Index, capacity: int, buffer: int, limit: int) -> Iterator[Row]:
     """Yield rows of at most `limit` tokens: the first piece of every document, then the second, and so on.
 
     Taking pieces by depth lets many documents be heard, where one long document would otherwise fill the limit. The
     piece that passes the limit is shortened.
     """
 
-    def pieces() -> Iterator[tuple[int, Span]]:
+    def pieces() -> Iterator[tuple[int, Piece]]:
         left = limit
-        for start, size in _by_depth([list(corpus.pieces(d, capacity)) for d in range(len(corpus))]):
-            if left == 0:
+        part, start, length = (values.tolist() for values in corpus.spans(documents))
+        for depth in range(0, max(length, default=0), capacity):
+            for number, first, size in zip(part, start, length, strict=True):
+                if depth < size and left:
+                    taken = min(capacity, size - depth, left)
+                    yield taken, Piece(corpus.parts[number].store, first + depth, taken)
+                    left -= taken
+            if not left:
                 return
-            size = min(size, left)
-            yield size, (start, size)
-            left -= size
 
-    for used, spans in best_fit(pieces(), capacity, buffer):
-        yield corpus.row(used, spans)
-
-
-def _by_depth(documents: list[list[Span]]) -> Iterator[Span]:
-    for depth in range(max(map(len, documents), default=0)):
-        yield from (spans[depth] for spans in documents if depth < len(spans))
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+    for used, items in best_fit(pieces(), capacity, buffer):
+        yield Row(used, items)

@@ -1,8 +1,8 @@
-"""Documents into rows: cutting, best-fit packing, and the tensors of one row. Pure functions."""
+"""Documents into rows: cutting, best-fit packing, and the tensors of rows. Pure functions."""
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -10,15 +10,35 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 IGNORED = -100
-Tokens = NDArray[np.int32]
+FIELDS = ("input_ids", "labels", "position_ids", "document_ids")
 Item = TypeVar("Item")
+
+
+class Store(NamedTuple):
+    """Where tokens lie.
+
+    Attributes:
+        tokens: any integer type, [N]; in memory or mapped from a file.
+        loss: bool [N], which tokens are learnt; None where all are.
+    """
+
+    tokens: NDArray[Any]
+    loss: NDArray[np.bool_] | None = None
+
+
+class Piece(NamedTuple):
+    """A document, or a piece of one: `store.tokens[start : start + size]`."""
+
+    store: Store
+    start: int
+    size: int
 
 
 class Row(NamedTuple):
     """One row before it is a tensor: how many positions hold tokens, and the pieces in order."""
 
     used: int
-    pieces: list[Tokens]
+    pieces: list[Piece]
 
 
 def cut(length: int, capacity: int) -> Iterator[tuple[int, int]]:
@@ -49,6 +69,9 @@ def best_fit(pieces: Iterable[tuple[int, Item]], capacity: int, buffer: int) -> 
     room: list[tuple[int, int]] = []  # (positions left, row number), sorted
     opened = 0
     for size, item in pieces:
+        if size == capacity:
+            yield capacity, [item]
+            continue
         at = bisect_left(room, (size, -1))
         if at < len(room):
             left, number = room.pop(at)
@@ -68,29 +91,86 @@ def best_fit(pieces: Iterable[tuple[int, Item]], capacity: int, buffer: int) -> 
         yield capacity - spare[number], items
 
 
-def row_tensors(pieces: Sequence[Tokens], length: int, domain: int, padding: int) -> dict[str, Tensor]:
-    """Return one row as tensors (ARCHITECTURE.md, "Batch").
+class Gathered(NamedTuple):
+    """The least that says what rows hold: a third of the bytes of `fill`'s result, for the way between processes.
 
-    Args:
-        pieces: the token ids of each document or piece of one; each attends to itself alone and starts at position 0.
-        length: T.
-        domain: index of the source.
-        padding: token id of unused positions (never attended to by a document, never a label).
+    Attributes:
+        ids: int32 [B, T].
+        sizes: of every piece and every stretch of padding, in order, int32 [P].
+        numbers: of each, from 1 in a row, 0 for padding, int32 [P].
+        unlearnt: bool [B, T], what no loss is taken of beyond first tokens and padding; None if nothing.
+    """
+
+    ids: NDArray[np.int32]
+    sizes: NDArray[np.int32]
+    numbers: NDArray[np.int32]
+    unlearnt: NDArray[np.bool_] | None
+
+
+def gather(rows: Sequence[Row], length: int, padding: int) -> Gathered:
+    """Copy the tokens of rows of `length` positions from where they lie; unused positions get `padding`."""
+    ids = np.full((len(rows), length), padding, np.int32)
+    unlearnt: NDArray[np.bool_] | None = None
+    sizes: list[int] = []
+    numbers: list[int] = []
+    for i, row in enumerate(rows):
+        line, at = ids[i], 0
+        for number, (store, start, size) in enumerate(row.pieces, 1):
+            line[at : at + size] = store.tokens[start : start + size]
+            if store.loss is not None:
+                unlearnt = np.zeros(ids.shape, bool) if unlearnt is None else unlearnt
+                np.logical_not(store.loss[start : start + size], out=unlearnt[i, at : at + size])
+            sizes.append(size)
+            numbers.append(number)
+            at += size
+        if at < length:
+            sizes.append(length - at)
+            numbers.append(0)
+    return Gathered(ids, np.array(sizes, np.int32), np.array(numbers, np.int32), unlearnt)
+
+
+def expand(gathered: Gathered) -> NDArray[np.int64]:
+    """Lay gathered rows out as the arrays of a batch (ARCHITECTURE.md, "Batch").
+
+    Each piece attends to itself alone and starts at position 0; its first token is no label, nor is what `Store.loss` leaves out.
 
     Returns:
-        `input_ids`, `labels`, `position_ids`, `document_ids`, int64 [T] each, and `domain`, int64 [].
+        int64 [4, B, T]: `input_ids`, `labels`, `position_ids`, `document_ids` (0 = padding, 1.. in a row).
     """
-    input_ids = np.full(length, padding, np.int64)
-    labels = np.full(length, IGNORED, np.int64)
-    position_ids = np.zeros(length, np.int64)
-    document_ids = np.zeros(length, np.int64)
-    start = 0
-    for number, piece in enumerate(pieces, 1):
-        end = start + len(piece)
-        input_ids[start:end] = piece
-        labels[start + 1 : end] = piece[1:]
-        position_ids[start:end] = np.arange(len(piece))
-        document_ids[start:end] = number
-        start = end
-    row = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "document_ids": document_ids}
-    return {**{name: torch.from_numpy(value) for name, value in row.items()}, "domain": torch.tensor(domain)}
+    ids, sizes, numbers, unlearnt = gathered
+    out = np.empty((4, *ids.shape), np.int64)
+    labels, positions, documents = out[1], out[2], out[3]
+    starts = np.cumsum(sizes, dtype=np.int64) - sizes
+    out[0] = ids
+    labels[:] = ids
+    documents[:] = np.repeat(numbers, sizes).reshape(ids.shape)
+    positions[:] = (np.arange(ids.size) - np.repeat(starts, sizes)).reshape(ids.shape)
+    labels.reshape(-1)[starts] = IGNORED
+    unused = documents == 0
+    labels[unused] = IGNORED
+    positions[unused] = 0
+    if unlearnt is not None:
+        labels[unlearnt] = IGNORED
+    return out
+
+
+def fill(rows: Sequence[Row], length: int, padding: int) -> NDArray[np.int64]:
+    """Return rows as the arrays of a batch (see `expand`).
+
+    Args:
+        rows: B rows of pieces.
+        length: T.
+        padding: token id of unused positions (never attended to by a document, never a label).
+    """
+    return expand(gather(rows, length, padding))
+
+
+def tensors(filled: NDArray[np.int64], domains: Sequence[int]) -> dict[str, Tensor]:
+    """Return filled rows as a batch: `input_ids`, `labels`, `position_ids`, `document_ids` [B, T], and `domain` [B], all int64."""
+    batch = dict(zip(FIELDS, torch.from_numpy(filled), strict=True))
+    return {**batch, "domain": torch.tensor(domains, dtype=torch.int64)}
+
+
+def row_tensors(row: Row, length: int, domain: int, padding: int) -> dict[str, Tensor]:
+    """Return one row as tensors: the fields of `tensors` without the first dimension."""
+    return {name: value[0] for name, value in tensors(fill([row], length, padding), [domain]).items()}

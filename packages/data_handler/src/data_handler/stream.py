@@ -1,26 +1,33 @@
 """The row stream of one split of a data configuration."""
 
 import hashlib
-from collections.abc import Iterator
-from itertools import count, islice
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from data_handler.cache import cache_directory, tokenised
 from data_handler.config import DataConfig, SourceConfig
-from data_handler.corpus import Corpus, build_corpus, encode, endless_rows, heldout_rows
+from data_handler.corpus import Corpus, corpus_of, heldout_rows
+from data_handler.encoding import Encoder, batches
 from data_handler.errors import UserError
-from data_handler.mixing import interleave
-from data_handler.packing import Row, best_fit, cut, row_tensors
-from data_handler.sources import documents
-from data_handler.split import content_digest, is_heldout
+from data_handler.mixing import Weights
+from data_handler.order import Format, IndexedRows, Lane, RowSource, StreamedRows
+from data_handler.packing import Row, Store, row_tensors
+from data_handler.sources import Reader, Record, open_source, records
+from data_handler.split import is_heldout
 
+ORDER = 2
+"""Changes with the order of rows: part of the fingerprint, so that a run never goes on in another order."""
 HELDOUT_POOL = 8
-"""Held-out documents are tokenised until they hold this many times the tokens wanted: enough to hear many of them."""
+"""Of held-out documents so many times the tokens wanted are looked at: enough to hear many of them."""
 
 
 class PackedStream:
-    """Rows of packed documents, in an order that is a pure function of (seed, epoch, weights).
+    """Rows of packed documents, in an order that is a pure function of (seed, epoch, weights over time, rows before).
 
     A row holds documents of one source. Each document ends with the tokenizer's end-of-sequence token; one that is
     longer than a row is cut into row-sized pieces, each of which is a document of its own to attention and starts at
@@ -28,12 +35,13 @@ class PackedStream:
     sources end at different times, as weights and sizes have it. Sources take turns so that their shares of the tokens
     follow the weights.
 
-    Finite sources are read and tokenised once, at the first call of `rows`, and stay in memory (4 bytes a token). A
-    `hub` source is streamed in its own order, unshuffled, and starting in its middle replays it up to there.
+    Finite sources are read and tokenised once, at the first call of `rows`, and mapped from the cache. Streamed ones (`hub`, or
+    `streaming: true`) are read while rows are drawn.
 
     Attributes:
         domains: the sources' names; a row's `domain` is an index into them.
         endless: whether the rows never end (split "train").
+        padding: token id of unused positions.
     """
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, split: str = "train") -> None:
@@ -58,99 +66,146 @@ class PackedStream:
         self.split = split
         self.domains = tuple(source.name for source in config.sources)
         self.endless = split == "train"
-        self._corpora: dict[str, Corpus] = {}
+        self._encoder = Encoder(tokenizer)
+        self._corpora: dict[str, tuple[Corpus, str]] = {}
+        self._readers: dict[str, Reader] = {}
+        self._heldout: list[tuple[int, Row]] | None = None
         self._buffer = config.packing_buffer if config.packing else 0
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self._padding = int(next(i for i in ids if i is not None))
+        self.padding = int(next(i for i in ids if i is not None))
 
     def rows(self, start: int = 0) -> Iterator[dict[str, Tensor]]:
-        """Yield rows from number `start` on; row k is the same whatever the start.
+        """Yield rows from number `start` on, with the configured weights; row k is the same whatever the start.
+
+        Rows before `start` are laid out, not filled in (streamed sources are read, though); `BatchLoader` goes on from a state
+        instead.
 
         Yields:
-            `input_ids`, `labels` (unshifted; -100 at each document's first token and on padding), `position_ids`,
-            `document_ids` (1.. in a row, 0 = padding), int64 [T] each, and `domain`, int64 [].
+            `input_ids`, `labels` (unshifted; -100 at each document's first token, on padding, and on what is not to be learnt),
+            `position_ids`, `document_ids` (1.. in a row, 0 = padding), int64 [T] each, and `domain`, int64 [].
 
         Raises:
             UserError: if a source cannot be read or has no document on this side of the split.
         """
         if start < 0:
             raise UserError(f"a stream starts at row 0 or later, not at {start}")
-        for source in self.config.sources:
-            if source.kind != "hub" or not self.endless:
-                self._corpus(source)
+        self.open()
         return self._tensors(start)
 
-    def fingerprint(self) -> str:
-        """Return a digest of what decides the rows: sources, weights, format, seed, and every token of the finite sources.
-
-        Of a `hub` source only its configuration is in it: its text is not read ahead.
+    def open(self) -> None:
+        """Read and tokenise what is needed before the first row.
 
         Raises:
             UserError: if a source cannot be read or has no document on this side of the split.
         """
-        vocabulary = self.tokenizer.get_vocab()
-        digest = hashlib.sha256(repr((self.config, self.seed, self.split, sorted(vocabulary.items()))).encode())
+        if not self.endless:
+            self.heldout_rows()
+            return
         for source in self.config.sources:
-            if source.kind != "hub":
-                corpus = self._corpus(source)
-                digest.update(corpus.offsets.tobytes())
-                digest.update(corpus.tokens.tobytes())
+            if source.streamed:
+                self._reader(source).shards()
+            elif not self._corpus(source)[0].holds_training(self.config.heldout_share):
+                raise self._no_documents(source)
+
+    def weights(self) -> Weights:
+        """Return the configured weights as a history without changes."""
+        return Weights.constant(self.domains, [source.weight for source in self.config.sources])
+
+    def lane(self, lane: int, weights: Weights, state: Mapping[str, Any] | None = None) -> Lane:
+        """Return a lane at a state's position, or at its beginning.
+
+        Args:
+            lane: from 0 to `config.lanes` - 1.
+            weights: the history that it follows; changes to it are followed, too.
+            state: of `Lane.state`.
+        """
+        config = self.config
+        form = Format(config.sequence_length, self._buffer, self.seed, config.heldout_share, lane, config.lanes)
+        states = state["sources"] if state else [None] * len(config.sources)
+        sources = [self._rows_of(source, form, at) for source, at in zip(config.sources, states, strict=True)]
+        return Lane(sources, weights, form, state)
+
+    def heldout_rows(self) -> list[tuple[int, Row]]:
+        """Return (domain, row) of the held-out split."""
+        if self._heldout is None:
+            self._heldout = [(d, row) for d, source in enumerate(self.config.sources) for row in self._heldout_of(source)]
+        return self._heldout
+
+    def fingerprint(self) -> str:
+        """Return a digest of what decides the rows: sources, weights, format, seed, and every token of the finite sources.
+
+        Of a streamed source only its configuration is in it: its text is not read ahead.
+
+        Raises:
+            UserError: if a source cannot be read or has no document on this side of the split.
+        """
+        self.open()
+        config = replace(self.config, cache_dir=None)
+        digest = hashlib.sha256(repr((ORDER, config, self.seed, self.split, self._encoder.digest)).encode())
+        for source in self.config.sources:
+            if not source.streamed:
+                digest.update(self._corpus(source)[1].encode())
         return digest.hexdigest()
 
     def _tensors(self, start: int) -> Iterator[dict[str, Tensor]]:
-        merged = self._train_rows() if self.endless else self._heldout_rows()
-        for domain, row in islice(merged, start, None):
-            yield row_tensors(row.pieces, self.config.sequence_length, domain, self._padding)
-
-    def _train_rows(self) -> Iterator[tuple[int, Row]]:
-        length, sources = self.config.sequence_length, self.config.sources
-        streams = [
-            self._streamed_rows(s) if s.kind == "hub" else endless_rows(self._corpus(s), length, self._buffer, self.seed, s.name)
-            for s in sources
-        ]
-        return interleave(streams, [source.weight for source in sources])
-
-    def _heldout_rows(self) -> Iterator[tuple[int, Row]]:
         length = self.config.sequence_length
-        for domain, source in enumerate(self.config.sources):
-            for row in heldout_rows(self._corpus(source), length, self._buffer, self._heldout_limit(source)):
-                yield domain, row
+        if not self.endless:
+            for domain, row in self.heldout_rows()[start:]:
+                yield row_tensors(row, length, domain, self.padding)
+            return
+        weights = self.weights()
+        lanes = [self.lane(number, weights) for number in range(self.config.lanes)]
+        number = 0
+        while True:
+            domain, row = lanes[number % len(lanes)].next()
+            if number >= start:
+                yield row_tensors(row, length, domain, self.padding)
+            number += 1
 
-    def _streamed_rows(self, source: SourceConfig) -> Iterator[Row]:
-        length = self.config.sequence_length
-        for _epoch in count():
-            documents = encode(self._texts(source), self.tokenizer)
-            pieces = ((size, ids[at : at + size]) for ids in documents for at, size in cut(len(ids), length))
-            empty = True
-            for used, items in best_fit(pieces, length, self._buffer):
-                empty = False
-                yield Row(used, items)
-            if empty:
-                raise self._no_documents(source)
+    def _rows_of(self, source: SourceConfig, form: Format, state: Mapping[str, int] | None) -> RowSource:
+        if source.streamed:
+            return StreamedRows(source, self._reader(source), self._encoder, form, state)
+        return IndexedRows(self._corpus(source)[0], source.name, form, state)
 
-    def _corpus(self, source: SourceConfig) -> Corpus:
+    def _heldout_of(self, source: SourceConfig) -> Iterator[Row]:
+        total = sum(s.weight for s in self.config.sources)
+        limit = max(2, int(self.config.heldout_tokens * source.weight / total))
+        if source.streamed:
+            corpus = corpus_of(self._first_heldout(source, HELDOUT_POOL * limit))
+            documents = np.arange(len(corpus))
+        else:
+            corpus = self._corpus(source)[0]
+            documents = corpus.heldout(self.config.heldout_share)
+            ends = np.cumsum(corpus.spans(documents)[2])
+            documents = documents[: int(np.searchsorted(ends, HELDOUT_POOL * limit)) + 1]
+        if not len(documents):
+            raise self._no_documents(source)
+        return heldout_rows(corpus, documents, self.config.sequence_length, self._buffer, limit)
+
+    def _first_heldout(self, source: SourceConfig, enough: int) -> list[Store]:
+        """Return the first held-out documents of a streamed source, until they hold enough tokens."""
+        found: list[Store] = []
+        chosen: Iterator[Record] = (record for record in records(source) if is_heldout(record.text, self.config.heldout_share))
+        for batch in batches(chosen):
+            for store in self._encoder.encode(batch, f"source {source.name}"):
+                found.append(store)
+                enough -= len(store.tokens)
+                if enough <= 0:
+                    return found
+        return found
+
+    def _corpus(self, source: SourceConfig) -> tuple[Corpus, str]:
         if source.name not in self._corpora:
-            enough = float("inf") if self.endless else HELDOUT_POOL * self._heldout_limit(source)
-            corpus = build_corpus(self._texts(source), self.tokenizer, f"{source.name} ({self.split})", enough)
-            if not len(corpus):
-                raise self._no_documents(source)
-            self._corpora[source.name] = corpus
+            self._corpora[source.name] = tokenised(source, self._encoder, cache_directory(self.config.cache_dir))
         return self._corpora[source.name]
 
-    def _texts(self, source: SourceConfig) -> Iterator[str]:
-        share = self.config.heldout_share
-        chosen = (text for text in documents(source) if is_heldout(text, share) != self.endless)
-        if self.endless or source.kind == "hub":
-            return chosen
-        # By hash: a fixed sample, where the listing's order would prefer the first files. A streamed set is never listed.
-        return iter(sorted(chosen, key=content_digest))
-
-    def _heldout_limit(self, source: SourceConfig) -> int:
-        total = sum(s.weight for s in self.config.sources)
-        return max(2, int(self.config.heldout_tokens * source.weight / total))
+    def _reader(self, source: SourceConfig) -> Reader:
+        if source.name not in self._readers:
+            self._readers[source.name] = open_source(source)
+        return self._readers[source.name]
 
     def _no_documents(self, source: SourceConfig) -> UserError:
-        if next(documents(source), None) is None:
+        if next(records(source), None) is None:
             return UserError(f"source {source.name} is empty: give it at least one document with text")
         change = "lower" if self.endless else "raise"
         part = "left for training" if self.endless else "held out"

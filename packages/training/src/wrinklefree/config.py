@@ -133,6 +133,7 @@ class TrainingConfig:
         compare_fp: measure the unquantised model too: as it is when a float model was converted, otherwise (random or ternary
             weights) trained on the same tokens.
         wandb: "auto" (online with a key, else offline), "offline" or "off".
+        data_workers: processes that make a process's batches ahead; 0 makes them between steps. Changes no batch.
         threads: CPU threads; None leaves PyTorch's choice. Recorded, and restored on resume.
     """
 
@@ -156,6 +157,7 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     compare_fp: bool = True
     wandb: Literal["auto", "offline", "off"] = "auto"
+    data_workers: int = 0
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -164,7 +166,7 @@ class TrainingConfig:
         for name in ("micro_batch_rows", "learning_rate_fp", "threads"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"training.{name} must be positive or null, not {value}")
-        for name in ("weight_decay", "grad_clip", "eval_every", "seed"):
+        for name in ("weight_decay", "grad_clip", "eval_every", "data_workers", "seed"):
             _require(getattr(self, name) >= 0, f"training.{name} must not be negative, and is {getattr(self, name)}")
         for name in ("warmup_share", "lambda_warmup_share"):
             _require(0 <= getattr(self, name) < 1, f"training.{name} must lie in [0, 1), not {getattr(self, name)}")

@@ -1,5 +1,6 @@
 """The Lightning shell around one arm of a run: a model, its step, and what a checkpoint must hold."""
 
+import json
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from bitnet_arch import UserError, lambda_schedule, set_lambda
-from data_handler import BatchLoader, PackedStream, document_attention_mask
+from data_handler import BatchLoader, PackedStream, document_attention_mask, merge_states
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -47,6 +48,8 @@ class TernaryModule(pl.LightningModule):
 
     Attributes:
         rows_seen: rows trained on, over all processes: the position in the data.
+        domain_tokens: tokens trained on of each source, over all processes, padding excluded: recounted from the batches.
+        loader: the batches; None before training starts.
         tokens_seen: tokens in those rows, padding included.
         elapsed: seconds spent on steps, earlier runs that this one continues included.
         aside: seconds since the last step that were not spent on training (evaluations).
@@ -68,6 +71,9 @@ class TernaryModule(pl.LightningModule):
         if not quantized and config.training.learning_rate_fp is not None:
             self.peak_rate = config.training.learning_rate_fp
         self.rows_seen = 0
+        self.domain_tokens = torch.zeros(len(stream.domains), dtype=torch.int64)
+        self.loader: BatchLoader | None = None
+        self._loader_state: dict[str, Any] = {"rows": 0}
         self.tokens_seen = 0
         self.elapsed = 0.0
         self.aside = 0.0
@@ -80,10 +86,16 @@ class TernaryModule(pl.LightningModule):
 
     def train_dataloader(self) -> _Batches:
         """Return the batches that follow `rows_seen`."""
-        rows = self.run_config.training.rows_per_step
-        loader = BatchLoader(self.stream, rows_per_step=rows, rank=self.global_rank, world_size=self.trainer.world_size)
-        loader.load_state_dict({"rows": self.rows_seen})
-        return _Batches(loader)
+        training = self.run_config.training
+        self.loader = BatchLoader(
+            self.stream,
+            rows_per_step=training.rows_per_step,
+            rank=self.global_rank,
+            world_size=self.trainer.world_size,
+            num_workers=training.data_workers,
+        )
+        self.loader.load_state_dict(self._loader_state)
+        return _Batches(self.loader)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW; its rates are set at every step from the step's number."""
@@ -109,11 +121,13 @@ class TernaryModule(pl.LightningModule):
         optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
         self.rows_seen += training.rows_per_step
         self.tokens_seen += training.rows_per_step * batch["input_ids"].shape[1]
+        self.domain_tokens += self._sum(self._domain_counts(batch)).cpu()
         self.last = {
             "loss": float(loss),
             "learning_rate": self.peak_rate * share,
             "lambda": self.lambda_at(step),
             "grad_norm": float(norm),
+            **{f"tokens/{name}": int(count) for name, count in zip(self.stream.domains, self.domain_tokens, strict=True)},
         }
 
     def _accumulate(self, batch: Batch) -> Tensor:
@@ -133,6 +147,11 @@ class TernaryModule(pl.LightningModule):
             total += loss.detach()
         return self._sum(total) / count
 
+    def _domain_counts(self, batch: Batch) -> Tensor:
+        """Return how many tokens of each source a batch holds, int64 [sources]."""
+        counts = torch.zeros(len(self.stream.domains), dtype=torch.int64, device=batch["domain"].device)
+        return counts.index_add_(0, batch["domain"], (batch["document_ids"] > 0).sum(1))
+
     def forward(self, batch: Batch) -> Tensor:
         """Return logits `[B, T, V]`."""
         return model_logits(self.model, batch)
@@ -146,8 +165,11 @@ class TernaryModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the run's identity, the position in the data, every process's random state (as tensors) and the thread count."""
         states = torch.stack(self._gather(torch.get_rng_state()))
+        assert self.loader is not None
         checkpoint[KEY] = asdict(self.identity) | {
             "rows_seen": self.rows_seen,
+            "domain_tokens": self.domain_tokens.tolist(),
+            "loader": json.dumps(self._joined(self.loader.state_dict(self.rows_seen))),
             "tokens_seen": self.tokens_seen,
             "elapsed": self.elapsed,
             "threads": torch.get_num_threads(),
@@ -158,10 +180,20 @@ class TernaryModule(pl.LightningModule):
         """Restore what `on_save_checkpoint` added."""
         state = checkpoint[KEY]
         self.rows_seen, self.tokens_seen = state["rows_seen"], state["tokens_seen"]
+        self.domain_tokens = torch.tensor(state["domain_tokens"], dtype=torch.int64)
+        self._loader_state = json.loads(state["loader"])
         self.elapsed = state["elapsed"]
         torch.set_num_threads(state["threads"])
         if self.global_rank < len(state["rng"]):
             torch.set_rng_state(state["rng"][self.global_rank])
+
+    def _joined(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the state of the loaders of all processes together."""
+        if self.trainer.world_size == 1:
+            return state
+        states: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(states, state)
+        return merge_states(states)
 
     def _gather(self, value: Tensor) -> list[Tensor]:
         if self.trainer.world_size == 1:

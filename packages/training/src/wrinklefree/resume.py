@@ -22,6 +22,8 @@ FREE_TO_CHANGE = (
     "training.micro_batch_rows",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.data_workers",
+    "data.cache_dir",
     "training.wandb",
 )
 """Settings that may differ from those of the checkpoint, because they change no result (micro-batches only its rounding)."""

@@ -1,28 +1,48 @@
-"""Where documents come from: one module a family of sources, one function each, `SourceConfig -> Iterator[str]`."""
+"""Where documents come from: one module a family of sources, one `Reader` each."""
 
 from collections.abc import Callable, Iterator
 
 from data_handler.config import SourceConfig
-from data_handler.sources.files import jsonl_documents, parquet_documents, text_documents
-from data_handler.sources.hub import hub_documents
-from data_handler.sources.package import package_documents
-from data_handler.sources.stdlib import code_documents, prose_documents
+from data_handler.sources.files import JsonlReader, ParquetReader, TextReader
+from data_handler.sources.hub import HubReader
+from data_handler.sources.package import PackageReader
+from data_handler.sources.reader import Reader, Record, Shard
+from data_handler.sources.stdlib import CodeReader, ProseReader
 
-READERS: dict[str, Callable[[SourceConfig], Iterator[str]]] = {
-    "stdlib_code": code_documents,
-    "stdlib_prose": prose_documents,
-    "text": text_documents,
-    "jsonl": jsonl_documents,
-    "parquet": parquet_documents,
-    "hub": hub_documents,
-    "package": package_documents,
+READERS: dict[str, Callable[[SourceConfig], Reader]] = {
+    "stdlib_code": CodeReader,
+    "stdlib_prose": ProseReader,
+    "text": TextReader,
+    "jsonl": JsonlReader,
+    "parquet": ParquetReader,
+    "hub": HubReader,
+    "package": PackageReader,
 }
 
+__all__ = ["READERS", "Reader", "Record", "Shard", "documents", "open_source", "records"]
 
-def documents(source: SourceConfig) -> Iterator[str]:
+
+def open_source(source: SourceConfig) -> Reader:
+    """Return the reader of a source; nothing is read yet."""
+    return READERS[source.kind](source)
+
+
+def records(source: SourceConfig) -> Iterator[Record]:
     """Yield a source's documents, always in the same order; documents of white space only are left out.
 
     Raises:
-        UserError: if the source cannot be read, or its text column is missing.
+        UserError: if the source cannot be read, or a column is missing.
     """
-    return (text for text in READERS[source.kind](source) if text.strip())
+    reader = open_source(source)
+    for shard in range(len(reader.shards())):
+        for _, record in reader.read(shard):
+            yield record
+
+
+def documents(source: SourceConfig) -> Iterator[str]:
+    """Yield the text of `records`; of a conversation, `ROLE: CONTENT` lines.
+
+    Raises:
+        UserError: as `records`.
+    """
+    return (record.text for record in records(source))

@@ -1,60 +1,200 @@
-"""Documents in local files: plain text, JSON lines (also gzipped) and Parquet."""
+"""Documents in local files: plain text, JSON lines (also gzip and zstd) and Parquet."""
 
 import glob
 import gzip
+import io
 import json
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from hashlib import blake2b
 from pathlib import Path
+from typing import IO, Any, cast
 
 from data_handler.config import SourceConfig
 from data_handler.errors import UserError
+from data_handler.sources.reader import Record, Shard, missing_column, record_of
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
-JSONL_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+JSONL_SUFFIXES = tuple(f"{name}{compressed}" for name in (".jsonl", ".ndjson") for compressed in ("", ".gz", ".zst"))
 PARQUET_SUFFIXES = (".parquet",)
+COMPRESSED = (".gz", ".zst")
 DOCUMENT_CHARACTERS = 16_384
 """A longer text file is cut into documents of at most this many characters, where a paragraph ends if it can be."""
+SKIP_BYTES = 1 << 22
+PARQUET_ROWS = 1024
 
 
-def text_documents(source: SourceConfig) -> Iterator[str]:
-    """Yield the text files of a source, long ones in several documents (`cut_text`)."""
-    for path in find_files(source, TEXT_SUFFIXES):
-        yield from cut_text(read_text(path, source))
+class FileReader:
+    """What the readers of local files share: a file is a shard, and its size and time of change are its stamp."""
+
+    suffixes: tuple[str, ...]
+
+    def __init__(self, source: SourceConfig) -> None:
+        self.source = source
+        self._paths: list[Path] | None = None
+
+    def paths(self) -> list[Path]:
+        """Return the source's files, sorted."""
+        if self._paths is None:
+            self._paths = find_files(self.source, self.suffixes)
+        return self._paths
+
+    def shards(self) -> Sequence[Shard]:
+        """Return one shard a file.
+
+        Raises:
+            UserError: if there are no files, or one cannot be looked at.
+        """
+        return [file_shard(path, self.source) for path in self.paths()]
+
+    def prefix(self, shard: int, position: int) -> str | None:
+        """Return None: nothing is known of a part of a file."""
+        del shard, position
+        return None
 
 
-def jsonl_documents(source: SourceConfig) -> Iterator[str]:
-    """Yield the text field of every line; lines where it is null are left out."""
-    for path in find_files(source, JSONL_SUFFIXES):
-        number = 0
+class TextReader(FileReader):
+    """Text files, long ones in several documents (`cut_text`); a position counts characters."""
+
+    suffixes = TEXT_SUFFIXES
+
+    def read(self, shard: int, start: int = 0) -> Iterator[tuple[int, Record]]:
+        """Yield the documents of a file (see `Reader.read`)."""
+        path = self.paths()[shard]
+        text = read_text(path, self.source)
+        if start > len(text):
+            raise ends_early(self.source, path, len(text), start, "characters")
+        for piece in cut_text(text[start:]):
+            start += len(piece)
+            if piece.strip():
+                yield start, Record(piece)
+
+
+class JsonlReader(FileReader):
+    """One JSON object a line; a position counts (uncompressed) bytes. Plain files are entered at the position itself."""
+
+    suffixes = JSONL_SUFFIXES
+
+    def read(self, shard: int, start: int = 0) -> Iterator[tuple[int, Record]]:
+        """Yield the rows of a file (see `Reader.read`); null and blank ones are left out."""
+        path, at = self.paths()[shard], start
+        prefix = f"source {self.source.name}: "
         try:
-            with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
+            with self._open(path, start) as file:
+                for line in file:
                     if line.strip():
-                        yield from _field(json.loads(line), source, f"{path}:{number}")
+                        record = record_of(json.loads(line), self.source, partial(line_at, path, at))
+                        if record is not None:
+                            yield at + len(line), record
+                    at += len(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"source {source.name}: {path}:{number} is not JSON ({error.msg}): mend or remove the line") from None
+            raise UserError(f"{prefix}{line_at(path, at)} is not JSON ({error.msg}): mend or remove the line") from None
         except RecursionError:
-            raise UserError(f"source {source.name}: {path}:{number} is nested too deeply: mend or remove the line") from None
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise UserError(f"source {source.name}: {path} cannot be read after line {number} ({error}): replace it") from None
+            raise UserError(f"{prefix}{line_at(path, at)} is nested too deeply: mend or remove the line") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{prefix}{line_at(path, at)} is not UTF-8 ({error.reason}): mend or remove the line") from None
+        except (OSError, EOFError, zlib.error) as error:
+            reason = str(error).rstrip(".")
+            raise UserError(f"{prefix}{path} cannot be read after byte {at} ({reason}): replace it") from None
+
+    def prefix(self, shard: int, position: int) -> str | None:
+        """Return a digest of the file's first `position` (uncompressed) bytes; None if there are not as many."""
+        digest, left = blake2b(digest_size=16), position
+        try:
+            with self._open(self.paths()[shard], 0) as file:
+                while left and (block := file.read(min(SKIP_BYTES, left))):
+                    digest.update(block)
+                    left -= len(block)
+        except (OSError, EOFError, zlib.error):
+            return None
+        return None if left else digest.hexdigest()
+
+    def _open(self, path: Path, start: int) -> IO[bytes]:
+        if path.suffix not in COMPRESSED:
+            file: IO[bytes] = path.open("rb")
+            size = file.seek(0, io.SEEK_END)
+            file.seek(min(start, size))
+        else:
+            file = decompressed(path)
+            size = 0
+            while size < start and (skipped := len(file.read(min(SKIP_BYTES, start - size)))):
+                size += skipped
+        if size < start:
+            file.close()
+            raise ends_early(self.source, path, size, start, "bytes")
+        return file
 
 
-def parquet_documents(source: SourceConfig) -> Iterator[str]:
-    """Yield the text column of every row; rows where it is null are left out."""
-    import pyarrow.parquet  # type: ignore[import-untyped]  # a second to load, wanted by this source only
+class ParquetReader(FileReader):
+    """Parquet files; a position counts rows, and only row groups from there on are read."""
 
-    for path in find_files(source, PARQUET_SUFFIXES):
+    suffixes = PARQUET_SUFFIXES
+
+    def read(self, shard: int, start: int = 0) -> Iterator[tuple[int, Record]]:
+        """Yield the rows of a file (see `Reader.read`); null ones are left out."""
+        import pyarrow.parquet  # type: ignore[import-untyped]  # a second to load, wanted by this source only
+
+        path, at = self.paths()[shard], start
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
-                if source.text_column not in file.schema_arrow.names:
-                    raise missing_column(source, path, file.schema_arrow.names)
-                for batch in file.iter_batches(batch_size=1024, columns=[source.text_column]):
-                    for row in batch.to_pylist():
-                        yield from _field(row, source, path)
+                for column in self.source.columns:
+                    if column not in file.schema_arrow.names:
+                        raise missing_column(self.source, path, file.schema_arrow.names, column)
+                if start > file.metadata.num_rows:
+                    raise ends_early(self.source, path, file.metadata.num_rows, start, "rows")
+                for row in self._rows(file, start):
+                    at += 1
+                    record = record_of(row, self.source, partial("{}, row {}".format, path, at))
+                    if record is not None:
+                        yield at, record
         except (OSError, pyarrow.ArrowException) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"source {source.name}: {path} cannot be read as Parquet ({reason}): replace it") from None
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            where = f"source {self.source.name}: {path}"
+            raise UserError(f"{where} cannot be read as Parquet after row {at} ({reason}): replace it") from None
+
+    def _rows(self, file: Any, start: int) -> Iterator[dict[str, object]]:
+        """Yield rows from `start` on; a row group before it is not read."""
+        first, group = 0, 0
+        while group < file.num_row_groups and first + file.metadata.row_group(group).num_rows <= start:
+            first += file.metadata.row_group(group).num_rows
+            group += 1
+        groups = list(range(group, file.num_row_groups))
+        for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=list(self.source.columns)):
+            yield from batch.slice(max(0, start - first)).to_pylist()
+            first += len(batch)
+
+
+def line_at(path: Path, at: int) -> str:
+    """Return where byte `at` of a (compressed) file of lines is, for messages: `PATH:LINE (byte OFFSET)`."""
+    line, left = 1, at
+    with decompressed(path) if path.suffix in COMPRESSED else path.open("rb") as file:
+        while left > 0 and (block := file.read(min(SKIP_BYTES, left))):
+            line, left = line + block.count(b"\n"), left - len(block)
+    return f"{path}:{line} (byte {at})"
+
+
+def decompressed(path: Path) -> IO[bytes]:
+    """Open a gzip or zstd file for reading what is in it."""
+    if path.suffix == ".gz":
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    import pyarrow  # has zstd, which Python has from 3.14 on
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 16)
+
+
+def file_shard(path: Path, source: SourceConfig) -> Shard:
+    """Return a file as a shard.
+
+    Raises:
+        UserError: if it is gone.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"source {source.name}: {path} cannot be read ({error.strerror}): restore it") from None
+    return Shard(str(path), status.st_size, f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}")
 
 
 def find_files(source: SourceConfig, suffixes: tuple[str, ...]) -> list[Path]:
@@ -85,7 +225,10 @@ def read_text(path: Path, source: SourceConfig) -> str:
     """
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        where = f"source {source.name}: {path} cannot be read as UTF-8 text"
+        raise UserError(f"{where} after byte {error.start} ({error.reason}): convert or remove it") from None
+    except OSError as error:
         raise UserError(f"source {source.name}: {path} cannot be read as UTF-8 text ({error}): convert or remove it") from None
 
 
@@ -107,22 +250,8 @@ def cut_text(text: str, limit: int = DOCUMENT_CHARACTERS) -> Iterator[str]:
     yield text[start:]
 
 
-def missing_column(source: SourceConfig, where: object, columns: list[str]) -> UserError:
-    """Return the error for a text column that does not exist."""
-    exist = ", ".join(columns) or "none"
-    return UserError(f"source {source.name}: {where} has no column {source.text_column!r}: set text_column to one of {exist}")
-
-
-def _field(row: object, source: SourceConfig, where: object) -> Iterator[str]:
-    if not isinstance(row, dict):
-        raise UserError(f"source {source.name}: {where} is not a JSON object: each line must be one, with {source.text_column!r}")
-    if source.text_column not in row:
-        raise missing_column(source, where, list(row))
-    value = row[source.text_column]
-    if value is None:
-        return
-    if not isinstance(value, str):
-        raise UserError(f"source {source.name}: {source.text_column!r} in {where} is not text but {type(value).__name__}")
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise UserError(f"source {source.name}: {where} holds half a surrogate pair, which is no text: mend or remove the line")
-    yield value
+def ends_early(source: SourceConfig, where: object, end: int, position: int, unit: str) -> UserError:
+    """Return the error for a shard that ends before a position that it once had."""
+    return UserError(
+        f"source {source.name}: {where} ends after {end} {unit}, before the position {position} to continue from: restore it"
+    )

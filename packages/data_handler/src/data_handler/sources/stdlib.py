@@ -7,16 +7,20 @@ from the prose. Otherwise the code of the training part would hold the very sent
 import ast
 import importlib.util
 import inspect
+import platform
 import re
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 
 from data_handler.config import SourceConfig
 from data_handler.errors import UserError
+from data_handler.sources.files import ends_early
+from data_handler.sources.reader import Record, Shard
 
 LEFT_OUT = frozenset(
     {
@@ -30,15 +34,50 @@ LEFT_OUT = frozenset(
 Scope = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def code_documents(_source: SourceConfig) -> Iterator[str]:
-    """Yield the standard library's modules, one a document, without docstrings; sorted by path."""
-    for code, _ in _modules():
-        yield code
+class _StdlibReader:
+    """One shard; a position counts documents."""
+
+    def __init__(self, source: SourceConfig) -> None:
+        self.source = source
+
+    def texts(self) -> Sequence[str]:
+        """Return all documents."""
+        raise NotImplementedError
+
+    def shards(self) -> Sequence[Shard]:
+        """Return the standard library as one shard; its stamp is that of the files it is made from."""
+        return [Shard(f"the standard library of Python {platform.python_version()}", 1, _stamp())]
+
+    def read(self, shard: int, start: int = 0) -> Iterator[tuple[int, Record]]:
+        """Yield the documents (see `Reader.read`)."""
+        del shard
+        texts = self.texts()
+        if start > len(texts):
+            raise ends_early(self.source, "the standard library", len(texts), start, "documents")
+        for number, text in enumerate(texts[start:], start + 1):
+            if text.strip():
+                yield number, Record(text)
+
+    def prefix(self, shard: int, position: int) -> str | None:
+        """Return None: nothing is known of a part of a shard."""
+        del shard, position
+        return None
 
 
-def prose_documents(_source: SourceConfig) -> Iterator[str]:
-    """Yield Python's reference topics, then each module's docstrings joined; no paragraph occurs twice."""
-    yield from _prose()
+class CodeReader(_StdlibReader):
+    """The standard library's modules, one a document, without docstrings; sorted by path."""
+
+    def texts(self) -> Sequence[str]:
+        """Return the modules."""
+        return [code for code, _ in _modules()]
+
+
+class ProseReader(_StdlibReader):
+    """Python's reference topics, then each module's docstrings joined; no paragraph occurs twice."""
+
+    def texts(self) -> Sequence[str]:
+        """Return topics and docstrings."""
+        return _prose()
 
 
 def split_docstrings(source: str) -> tuple[str, list[str]]:
@@ -84,13 +123,8 @@ def paragraphs(text: str) -> list[str]:
 @lru_cache(maxsize=1)
 def _modules() -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Return (code, docstrings) of every module; kept, because both domains and both splits ask for it."""
-    root = Path(sysconfig.get_paths()["stdlib"])
     result = []
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        # _sysconfigdata describes one machine's build; config-* holds its makefiles.
-        if LEFT_OUT.intersection(parts) or parts[0].startswith(("config-", "_sysconfigdata")):
-            continue
+    for path in _sources():
         try:
             with tokenize.open(path) as file:
                 code, docstrings = split_docstrings(file.read())
@@ -98,8 +132,32 @@ def _modules() -> tuple[tuple[str, tuple[str, ...]], ...]:
             continue
         result.append((code, tuple(docstrings)))
     if not result:
+        root = sysconfig.get_paths()["stdlib"]
         raise UserError(f"this Python has no library sources in {root}: install them, or use another data configuration")
     return tuple(result)
+
+
+@lru_cache(maxsize=1)
+def _sources() -> tuple[Path, ...]:
+    """Return the library's files that are neither tests nor tables, sorted."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        # _sysconfigdata describes one machine's build; config-* holds its makefiles.
+        if not LEFT_OUT.intersection(parts) and not parts[0].startswith(("config-", "_sysconfigdata")):
+            found.append(path)
+    return tuple(found)
+
+
+@lru_cache(maxsize=1)
+def _stamp() -> str:
+    """Return what changes when a file of the library does."""
+    digest = blake2b(platform.python_version().encode(), digest_size=16)
+    for path in _sources():
+        status = path.stat()
+        digest.update(f"{path}:{status.st_size}:{status.st_mtime_ns}".encode())
+    return digest.hexdigest()
 
 
 @lru_cache(maxsize=1)
