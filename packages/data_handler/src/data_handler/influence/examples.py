@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from data_handler.config import DataConfig, SourceConfig
-from data_handler.corpus import encode
+from data_handler.encoding import encode
 from data_handler.errors import UserError
 from data_handler.packing import IGNORED
 from data_handler.sources import documents

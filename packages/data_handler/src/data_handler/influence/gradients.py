@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from data_handler.corpus import SHOW_PROGRESS_AFTER
+from data_handler.cache import SHOW_PROGRESS_AFTER
 from data_handler.errors import UserError
 from data_handler.influence.layers import select_parameters
 from data_handler.influence.objectives import Objective, next_token_loss
