@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from bitnet_arch import UserError, load_model, load_tokenizer
+from bitnet_arch.bitlinear import constant_weights
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -153,14 +154,15 @@ def generate_torch(
     _check_length(len(ids), model.config.max_position_embeddings)
     budget = min(options.max_tokens, model.config.max_position_embeddings - len(ids))
     ends, stream, count, stop = end_token_ids(model, tokenizer), TextStream(tokenizer, emit), 0, "length"
-    for token in token_ids(model, torch.tensor([ids]), options):
-        if token in ends:
-            stop = "eos"
-            break
-        stream.push(token)
-        count += 1
-        if count == budget:
-            break
+    with constant_weights(model):
+        for token in token_ids(model, torch.tensor([ids]), options):
+            if token in ends:
+                stop = "eos"
+                break
+            stream.push(token)
+            count += 1
+            if count == budget:
+                break
     stream.close()
     return Generated(text=stream.text, stop=stop, prompt_tokens=len(ids), tokens=count)
 

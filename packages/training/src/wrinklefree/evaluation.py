@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+from bitnet_arch.bitlinear import constant_weights
 from data_handler import PackedStream, collate
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -32,10 +33,11 @@ def heldout_loss(model: PreTrainedModel, stream: PackedStream) -> float:
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    for batch in heldout_batches(stream):
-        batch = {key: value.to(model.device) for key, value in batch.items()}
-        loss, tokens = token_loss_sum(model_logits(model, batch), batch["labels"])
-        total, count = total + float(loss), count + int(tokens)
+    with constant_weights(model):
+        for batch in heldout_batches(stream):
+            batch = {key: value.to(model.device) for key, value in batch.items()}
+            loss, tokens = token_loss_sum(model_logits(model, batch), batch["labels"])
+            total, count = total + float(loss), count + int(tokens)
     model.train(was_training)
     return total / max(1, count)
 
