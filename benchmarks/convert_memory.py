@@ -53,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     "packed, calibrated": {"run": "convert", "gain": "calibrated", "packed": True, "holds": "block"},
     "packed, least squares on data": {"run": "quantize", "method": "least_squares", "packed": True, "holds": "block", "sums": 1},
     "packed, gptq": {"run": "quantize", "method": "gptq", "packed": True, "holds": None},
-    "packed, LRC of rank 16": {"run": "lrc", "packed": True, "holds": None},
+    "packed, LRC of rank 16 for absmean": {"run": "lrc", "packed": True, "holds": None},
     "export master": {"run": "export", "from": "master, gain 1"},
     "export packed": {"run": "export", "from": "packed, gain 1"},
     "gate without an engine": {"run": "gate", "from": "packed, gain 1", "holds": None},
@@ -151,7 +151,7 @@ def child(source: Path, out: Path, case: str, tokens: int, threads: int, size: i
     elif options["run"] == "quantize":
         quantize_directory(source, out, options["method"], rows, packed=packed)
     elif options["run"] == "lrc":
-        lrc_directory(source, out, LRCConfig(rank=16, decomposition="randomized"), rows, packed=packed)
+        lrc_directory(source, out, LRCConfig(rank=16, quantizer="keep", decomposition="randomized"), rows, packed=packed)
     elif options["run"] == "export":
         export_gguf(source, out)
     else:

@@ -3,10 +3,10 @@
 uv run --with litdata python benchmarks/data_pipeline.py --json data_pipeline.json
 
 Every contender reads the same JSON lines (the standard library's code and documentation), tokenises them with SmolLM2's tokenizer
-in one process and thread, and feeds batches of 8 x 1024 tokens through one worker process: cold, one epoch into an empty cache and
-out again; cached, four epochs. Ours keeps attention inside documents and fills five fields (labels, positions, documents and domain
-beside the ids); HF `datasets` (map, then group-and-chunk, the recipe of its language-model example) and `litdata` (`optimize`,
-`TokensLoader`) concatenate documents and give `input_ids` alone.
+on one thread (ours reads and writes beside it on another), and feeds batches of 8 x 1024 tokens through one worker process: cold,
+one epoch into an empty cache and out again; cached, four epochs. The clock stops at the last batch. Ours keeps attention inside
+documents and fills five fields (labels, positions, documents and domain beside the ids); HF `datasets` (map, then group-and-chunk,
+the recipe of its language-model example) and `litdata` (`optimize`, `TokensLoader`) concatenate documents and give `input_ids`.
 """
 
 import gc

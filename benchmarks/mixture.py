@@ -1,7 +1,7 @@
 """Mixture methods against the truth of a grid: regret in nats, the cost in tokens, and what noise does to a bandit.
 
 uv run python benchmarks/mixture.py --task planted --json mixture_planted.json --plot mixture_planted.png
-uv run python benchmarks/mixture.py --task real --json mixture_real.json --plot mixture_real.png
+uv run python benchmarks/mixture.py --task real-small --json mixture_real.json --plot mixture_real.png
 uv run python benchmarks/mixture.py --task planted --seeds 1 --arms odm doremi       # a part of it
 
 Stopped runs go on: every result is kept in --work. Regret is the target loss over that of the grid's best mixture (the one
@@ -255,7 +255,7 @@ def table(task: Task, measured: dict[str, Any]) -> list[dict[str, Any]]:
                 "method": arm,
                 "regret": float((loss[arm] - loss["the grid's best"]).mean()),
                 "minus stratified": float(gain.mean()),
-                "95%": f"{low:+.3f}..{high:+.3f}",
+                "95%": f"{low:+.3f}..{high:+.3f}" if len(gain) > 1 else "one seed",
                 "all domains": float(np.mean([run["all"] for run in runs])),
                 "mixture": " ".join(f"{w:.2f}" for w in np.mean([run["weights"] for run in runs], axis=0)),
                 "extra runs": spent[arm] / each,
@@ -314,7 +314,7 @@ def bars(rows: list[dict[str, Any]], task: Task) -> list[dict[str, Any]]:
 def main() -> None:
     """Run the benchmark."""
     arguments = parser(__doc__.splitlines()[0])
-    arguments.add_argument("--task", choices=("planted", "real"), default="planted", help="what is mixed")
+    arguments.add_argument("--task", choices=("planted", "real-small", "real-million"), default="planted", help="what is mixed")
     arguments.add_argument("--seeds", type=int, default=5, help="of every method")
     arguments.add_argument("--grid-seeds", type=int, default=0, help="of the grid; 0 is as many as --seeds")
     arguments.add_argument("--arms", nargs="*", default=[], help="only methods whose name holds one of these, and stratified")
@@ -326,11 +326,15 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     if 0 < chosen.steps < 50:
         raise SystemExit("--steps must be at least 50: Aioli probes every domain in each of five rounds")
+    task: Task
     if chosen.task == "planted":
-        from mixture_planted import PlantedTask as Kind
+        from mixture_planted import PlantedTask
+
+        task = PlantedTask(chosen.steps)
     else:
-        from mixture_real import RealTask as Kind  # type: ignore[assignment]
-    task: Task = Kind(chosen.steps, chosen.work)
+        from mixture_real import RealTask
+
+        task = RealTask(chosen.steps, chosen.work, chosen.task.removeprefix("real-"))
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     settings = {"proxies": chosen.proxies, "chunk": task.chunk, **task.identity()}

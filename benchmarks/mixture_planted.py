@@ -4,7 +4,6 @@ The model predicts a token from the two before it: 8k parameters, a run takes a 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -225,7 +224,7 @@ class PlantedTask:
 
     domains, target, rows_per_step, grid_parts, chunk = DOMAINS, TARGET, 8, 10, 22
 
-    def __init__(self, steps: int, work: Path) -> None:
+    def __init__(self, steps: int) -> None:
         self.steps = steps or 200
         self.title = f"planted mixture ({', '.join(DOMAINS)}), runs of {self.steps * self.rows_per_step * ROW:,} tokens"
 

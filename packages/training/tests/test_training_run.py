@@ -70,6 +70,23 @@ def test_training_lowers_the_heldout_loss_and_a_rate_of_almost_nothing_does_not(
     assert json.loads((trained / "summary.json").read_text())["ppl_fp"] is None
 
 
+def test_the_tokens_of_every_source_are_counted_logged_and_kept(overrides, tmp_path):
+    """And workers change no loss; a run goes on from the place in the data that the checkpoint holds, not from a replay."""
+    more = ["training.compare_fp=false", "training.checkpoint_every=3"]
+    here = run(overrides, *more)
+    there = run(overrides, *more, "training.data_workers=2", f"output_dir={tmp_path / 'workers'}")
+    assert losses(here) == losses(there)
+    counts = [(line["tokens/salad"], line["tokens/count"]) for line in read_metrics(here / "metrics.jsonl")]
+    assert counts == sorted(counts)
+    assert abs(counts[-1][0] - counts[-1][1]) <= 64
+    assert sum(counts[-1]) > 0.8 * 6 * 4 * 32
+    kept = torch.load(here / "checkpoints" / "step-6.ckpt", weights_only=True)["wrinklefree"]
+    state = json.loads(kept["loader"])
+    assert tuple(kept["domain_tokens"]) == counts[-1] == (state["tokens"]["salad"], state["tokens"]["count"])
+    assert state["rows"] == kept["rows_seen"] == 24
+    assert len(kept["loader"]) < 1000
+
+
 def test_micro_batches_change_memory_and_not_the_outcome(overrides, tmp_path):
     more = ["training.compare_fp=false"]
     whole = losses(run(overrides, *more))
