@@ -23,7 +23,7 @@ FILES = {"reviews": "rotten_tomatoes_corpus_full.csv.bz2", "speeches": "politica
 WIDTHS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 SHAPES = {"million": (128, 384, 4, 4, 2, 2048), "small": (64, 192, 2, 2, 1, 512)}
 STEPS = {"million": 60, "small": 250}
-"""A run of either takes a few seconds of one core: a million parameters hear little in that time, the small model eight times more."""
+"""A run of either takes seconds of one core: a million parameters hear little in that time, the small model eight times more."""
 LENGTH = 128
 
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from bitnet_arch import ConversionConfig, UserError, convert_model, load_tokenizer, resolve_pretrained, save_packed
+from bitnet_arch import ConversionConfig, UserError, convert_model, load_config, load_tokenizer, resolve_pretrained, save_packed
 from bitnet_arch.gguf import export_gguf, read_gguf, rebuild_tokenizer, tokenizer_from_gguf
 from bitnet_arch.gguf.pretokenizers import LLAMA3, QWEN2, SPACE
 from bitnet_arch.testing import tiny_llama
@@ -268,3 +268,11 @@ def test_a_damaged_description_is_one_sentence(key, value, sentence, exported):
         del file.metadata[f"tokenizer.{key}"]
     with pytest.raises(UserError, match=sentence):
         rebuild_tokenizer(file)
+
+
+def test_the_packaged_model_ends_texts_as_its_file_says():
+    """Transformers 5.12 reads `<|im_start|>` as the end token of this file."""
+    source = resolve_pretrained(SMOLLM2)
+    tokenizer = load_tokenizer(source.path)
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert tokenizer.eos_token_id == load_config(source.path).eos_token_id

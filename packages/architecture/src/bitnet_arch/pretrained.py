@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from bitnet_arch.checkpoint import load_model, read_provenance, save_master
 from bitnet_arch.errors import UserError
+from bitnet_arch.gguf.reader import read_gguf
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -47,6 +48,15 @@ PACKAGED = {
     )
 }
 """Hub ids that an installed package can stand in for where no hub is reached."""
+
+UNPACKING = 2
+"""Changes with what is unpacked, so that an older copy in a cache is not taken for it."""
+
+SPECIAL = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
 
 
 def resolve_pretrained(name: Path | str) -> Pretrained:
@@ -93,7 +103,7 @@ def cache_directory() -> Path:
 
 
 def _unpack(name: str, packaged: _Packaged) -> Path:
-    target = cache_directory() / "models" / name.replace("/", "--")
+    target = cache_directory() / "models" / f"{name.replace('/', '--')}-{UNPACKING}"
     if (target / "config.json").is_file():
         return target
     spec = importlib.util.find_spec(packaged.package)
@@ -102,6 +112,10 @@ def _unpack(name: str, packaged: _Packaged) -> Path:
     folder = str(Path(spec.origin).parent)
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=packaged.file, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=packaged.file)
+    words = read_gguf(Path(folder) / packaged.file).metadata
+    for role, key in SPECIAL.items():  # transformers 5.12 takes the begin token for the end token, too
+        if key in words:
+            setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(words[key]))
     # A model read from GGUF refuses to be saved; a fresh one with the same tensors does not.
     config = type(loaded.config)(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
     config.name_or_path = name
