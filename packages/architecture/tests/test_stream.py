@@ -329,7 +329,7 @@ def test_the_command_writes_shards(floats, tmp_path, capsys):
     assert main([*again, "--force"]) == 0
     assert not (out / "model.safetensors.index.json").exists()
     assert main([*again, "--force", "--max-shard-gib", "0"]) == 2
-    assert "max_shard_size must be at least 1 byte" in capsys.readouterr().err
+    assert "--max-shard-gib must be a number of GiB above 0" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------- ternary weights as floats
