@@ -158,7 +158,7 @@ def test_trl_trains_too(kind, tmp_path):
     found = losses(trainer)
     assert sum(found[-3:]) < 0.8 * sum(found[:3])
     # It is the same training: transformers' own trainer, with the same rows in the same order, has the same losses.
-    stock = Trainer(make(kind), TrainingArguments(**arguments(tmp_path / "stock", 25)), train_dataset=ROWS)
+    stock = Trainer(make(kind), TrainingArguments(**arguments(tmp_path / "stock", 16)), train_dataset=ROWS)
     stock.train()
     assert found == pytest.approx(losses(stock), rel=1e-2)
     trainer.save_model(str(tmp_path / "saved"))
