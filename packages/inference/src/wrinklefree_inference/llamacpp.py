@@ -13,18 +13,24 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 NAME = "llama.cpp (xllamacpp)"
 _READY = "listening on "
 _TIMEOUT = 600
 MAX_EXCESS = 1e-2
+IN_FLIGHT = 2
+"""Requests at a time: the engine computes one after the other and writes one's 4,096 and more entries beside the next."""
+SMALL_FILE = 50_000_000
+"""Bytes below which the engine takes one thread: waiting for a second one costs more than it brings."""
 # An environment's proxy must not see what goes to the loopback interface.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -96,26 +102,35 @@ class LlamaCpp:
             EngineError: if the engine stops or answers without a full distribution.
         """
         vocabulary, plain = self._vocabulary(), self._plain_token()
-        rows = np.full((len(ids), vocabulary), -np.inf)
-        for i in range(len(ids)):
-            request = {
-                "prompt": ids[: i + 1],
-                "n_predict": 1,
-                "n_probs": vocabulary,
-                "temperature": -1.0,
-                "cache_prompt": True,
-                "logit_bias": [[plain, 1e4]],
-            }
-            answer = self._ask("/completion", request)
+        rows = np.empty((len(ids), vocabulary))
+        prefixes = (ids[: i + 1] for i in range(len(ids)))
+        with ThreadPoolExecutor(IN_FLIGHT) as pool:
             try:
-                entries = answer["completion_probabilities"][0]["top_logprobs"]
-            except (KeyError, IndexError, TypeError):
-                raise EngineError(f"llama.cpp answered without a distribution at position {i}") from None
-            for entry in entries:
-                rows[i, entry["id"]] = entry["logprob"]
-            rows[i] = normalized(rows[i], i)
-            self._on_position()
+                for i, row in enumerate(pool.map(lambda prefix: self._distribution(prefix, vocabulary, plain), prefixes)):
+                    rows[i] = row
+                    self._on_position()
+            finally:
+                pool.shutdown(cancel_futures=True)
         return rows
+
+    def _distribution(self, prefix: list[int], vocabulary: int, plain: int) -> NDArray[np.float64]:
+        request = {
+            "prompt": prefix,
+            "n_predict": 1,
+            "n_probs": vocabulary,
+            "temperature": -1.0,
+            "cache_prompt": True,
+            "logit_bias": [[plain, 1e4]],
+        }
+        answer, position = self._ask("/completion", request), len(prefix) - 1
+        try:
+            entries = answer["completion_probabilities"][0]["top_logprobs"]
+        except (KeyError, IndexError, TypeError):
+            raise EngineError(f"llama.cpp answered without a distribution at position {position}") from None
+        row = np.full(vocabulary, -np.inf)
+        for entry in entries:
+            row[entry["id"]] = entry["logprob"]
+        return normalized(row, position)
 
     def tokenize(self, text: str) -> list[int]:
         """Return a text's tokens by the file's tokenizer, with what the file puts around texts, as a prompt is read.
@@ -179,7 +194,7 @@ def _parse(text: bytes) -> Any:
     enabled = gc.isenabled()
     gc.disable()
     try:
-        return json.loads(text)
+        return orjson.loads(text)
     finally:
         if enabled:
             gc.enable()
@@ -200,6 +215,10 @@ def normalized(row: NDArray[np.float64], position: int) -> NDArray[np.float64]:
     return row - excess
 
 
+def _is_small(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size < SMALL_FILE
+
+
 def main(argv: list[str]) -> int:
     """Serve a file until standard input ends: the engine's process. Arguments: the file and the context."""
     import xllamacpp
@@ -209,8 +228,10 @@ def main(argv: list[str]) -> int:
     params.model.path = path
     params.n_ctx, params.n_parallel = int(context), 1
     params.fit_params, params.ui, params.verbosity = False, False, 0
-    if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(threads) > 0:
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(threads)
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    count = int(threads) if threads.isdecimal() else int(_is_small(Path(path)))
+    if count > 0:
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = count
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:

@@ -39,12 +39,13 @@ def export(model_directory: Path, out: Path) -> dict[str, Any]:
         write_json(sidecar, {"status": "unproven", "reason": note})
         return {"status": "unproven", "note": note, "runs": no_engine(out) is None}
     command = [sys.executable, "-m", "wrinklefree_inference", "export", str(model_directory), "--out", str(out)]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    seen = sys.stderr.isatty()  # then the command's own progress bar and error are shown as they come
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=None if seen else subprocess.PIPE, text=True, check=False)
     if done.returncode == 0:
         report = json.loads(sidecar.read_text())
         note = report["reason"] or f"see {sidecar.name}"
         return {"status": report["status"], "note": note, "runs": no_engine(out) is None}
-    lines = done.stderr.strip().splitlines() or [f"export ended with code {done.returncode}"]
+    lines = (done.stderr or "").strip().splitlines() or [f"export ended with code {done.returncode}"]
     note = lines[-1].removeprefix("error: ").removeprefix(f"{out.name} was not written: ")
     return {"status": "refused" if done.returncode == 2 else "failed", "note": note, "runs": False}
 
