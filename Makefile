@@ -6,7 +6,8 @@ APPS := packages/training/src/ packages/inference/src/ packages/eval/src/ packag
 check: ## what CI and pre-commit run before the tests
 	uv run ruff check .
 	uv run ruff format --check .
-	uv run mypy $(LIBRARIES) $(APPS)
+	uv run mypy --strict $(LIBRARIES)
+	uv run mypy $(APPS)
 
 format:
 	uv run ruff check --fix .

@@ -127,7 +127,7 @@ class BitLinear(nn.Linear):
         self._strength = float(value)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        super()._load_from_state_dict(*args, **kwargs)
         if not self.quant_lambda.is_meta:
             # The forward branches on a Python float: reading the buffer there would synchronise a GPU in every layer.
             self._strength = float(self.quant_lambda)

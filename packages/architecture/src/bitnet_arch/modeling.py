@@ -239,7 +239,7 @@ class _Ternary(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
         if isinstance(module, BitLinear):
             module.set_strength(1.0)
         if isinstance(module, BitLinearLRC | PackedBitLinearLRC) and not getattr(module.lrc_v, "_is_hf_initialized", False):

@@ -115,7 +115,7 @@ class PackedBitLinear(nn.Module):
         return unpack_codes(self.weight)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        super()._load_from_state_dict(*args, **kwargs)
         if not self.weight.is_meta:
             check_packed(self.weight)  # here and not in the forward, where a GPU would wait for it in every layer
 

@@ -357,8 +357,8 @@ class _Changes:
     def __init__(self, weights: Weights, row: int) -> None:
         coming = weights.state(row)["entries"]
         self.names, self.room = weights.names, len(coming) + CHANGES
-        self.table = torch.zeros(self.room, 1 + len(weights.names), dtype=torch.float64).share_memory_()  # type: ignore[no-untyped-call]
-        self.count = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self.table = torch.zeros(self.room, 1 + len(weights.names), dtype=torch.float64).share_memory_()
+        self.count = torch.zeros(1, dtype=torch.int64).share_memory_()
         for start, *shares in coming:
             self.add(start, tuple(shares))
 

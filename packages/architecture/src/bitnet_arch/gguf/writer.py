@@ -112,7 +112,7 @@ def _write(
         _write_metadata(writer, metadata)
         for plan in plans:
             if plan.ggml_id in PLAIN:
-                writer.add_tensor_info(plan.name, plan.shape, np.dtype(PLAIN[plan.ggml_id]), stored_bytes(plan))  # type: ignore[arg-type]
+                writer.add_tensor_info(plan.name, plan.shape, np.dtype(PLAIN[plan.ggml_id]), stored_bytes(plan))
             else:
                 block, block_bytes = SIZES.get(plan.ggml_id, (128, 32))
                 byte_shape = (*plan.shape[:-1], plan.shape[-1] // block * block_bytes)

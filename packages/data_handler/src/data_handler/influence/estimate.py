@@ -281,7 +281,7 @@ def _datainf(work: _Work) -> Scored:
     chosen = work.config.damping or "spectral"
     for name in ("reference", "spectral"):
         if name != chosen:
-            work.variants[name] = datainf_scores(train, targets, name)  # type: ignore[arg-type]
+            work.variants[name] = datainf_scores(train, targets, name)
     work.facts["damping"] = chosen
     factors = [damping_factor(chosen, layer) for layer in train.layers]
     work.facts["damping as a multiple of E‖g‖²"] = f"{min(factors):.2g} to {max(factors):.2g}"
