@@ -9,8 +9,9 @@ tensor by tensor and deleted afterwards. Each case runs in a process of its own.
 has, in pieces of 32 MiB, in the same process and before the case: both find the source in the page cache if it fits.
 
 What a case may hold above the Python baseline: 300 MiB and the largest tensor where nothing is calibrated, else embedding, one
-block, its covariances and activations. GPTQ and LRC solve a layer with several matrices of a covariance's size, and the gate holds
-an embedding twice: these are shown and not judged, and the gate, run with an engine that knows nothing, says nothing of the file.
+block and activations. The methods that solve a layer hold a block's covariances besides, and in float64 several matrices of the
+size of the layer or of its covariance; the gate holds an embedding twice. These are shown and not judged; the gate, run with an
+engine that knows nothing, says nothing of the file.
 """
 
 import json
@@ -51,7 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
     "master, gain 1": {"run": "convert", "gain": "one"},
     "packed, gain 1": {"run": "convert", "gain": "one", "packed": True},
     "packed, calibrated": {"run": "convert", "gain": "calibrated", "packed": True, "holds": "block"},
-    "packed, least squares on data": {"run": "quantize", "method": "least_squares", "packed": True, "holds": "block", "sums": 1},
+    "packed, least squares on data": {"run": "quantize", "method": "least_squares", "packed": True, "holds": None},
     "packed, gptq": {"run": "quantize", "method": "gptq", "packed": True, "holds": None},
     "packed, LRC of rank 16 for absmean": {"run": "lrc", "packed": True, "holds": None},
     "export master": {"run": "export", "from": "master, gain 1"},
@@ -59,7 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gate without an engine": {"run": "gate", "from": "packed, gain 1", "holds": None},
 }
 """What is run on what: a source directory, or what another case makes of it. "holds" says what else than the largest tensor may be
-in memory (None: no bar), "sums" how many covariances there are."""
+in memory (None: no bar)."""
 
 ALLOWED = 300
 """MiB above what is named."""
@@ -172,7 +173,7 @@ def gate(directory: Path, file: Path, tokens: int) -> None:
     run_gate(directory, file, EngineInfo(engine, "none", "0"), [list(range(half)), list(range(half, 2 * half))])
 
 
-def limits(source: Path, tokens: int, sums: int) -> tuple[float, float, float]:
+def limits(source: Path, tokens: int) -> tuple[float, float, float]:
     """Return a source's largest tensor, what calibration may hold beside 300 MiB (both MiB), and its parameters in billions."""
     with open_weights(source) as reader:
         names = reader.keys()
@@ -183,10 +184,8 @@ def limits(source: Path, tokens: int, sums: int) -> tuple[float, float, float]:
     embedding = specs["model.embed_tokens.weight"].nbytes
     row = min(tokens, 512)
     activations = 4 * (tokens * config.hidden_size + row * (4 * config.hidden_size + 3 * config.intermediate_size))
-    # Queries, keys and values share one; so do gate and up.
-    covariances = sums * 8 * (3 * config.hidden_size**2 + config.intermediate_size**2)
     largest = max(spec.nbytes for spec in specs.values())
-    return largest / MIB, (embedding + 4 * block + activations + covariances) / MIB, sum(parameters.values()) / 1e9
+    return largest / MIB, (embedding + 4 * block + activations) / MIB, sum(parameters.values()) / 1e9
 
 
 def prepare(case: str, source: Path, folder: Path) -> Path:
@@ -230,8 +229,8 @@ def measure(name: str, case: str, source: Path, folder: Path, arguments: Any) ->
             out.unlink()
     out.unlink(missing_ok=True)
     found = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-    largest, calibrating, _ = limits(run_on, arguments.tokens, options.get("sums", 0))
-    billions = limits(source, 0, 0)[2]  # a packed directory has bytes, not parameters
+    largest, calibrating, _ = limits(run_on, arguments.tokens)
+    billions = limits(source, 0)[2]  # a packed directory has bytes, not parameters
     row = {
         "model": name,
         "case": case,

@@ -77,9 +77,12 @@ def salient(subject: Subject, share: float) -> PreTrainedModel:
     def visit(block: Block) -> None:
         set_lambda(block.module, 0.0)
         names = [name for name in subject.names if name.startswith(block.prefix)]
-        for name, found in block.hessians(names).items():
+        hessians = block.hessians(names)
+        for found in {id(found): found for found in hessians.values()}.values():  # layers share them
+            found.regularize(0.01)
+        for name, found in hessians.items():
             layer = model.get_submodule(name)
-            model.set_submodule(name, SalientColumns(layer.weight, layer.bias, found.regularized(0.01), share))  # type: ignore[arg-type]
+            model.set_submodule(name, SalientColumns(layer.weight, layer.bias, found.syy, share))  # type: ignore[arg-type]
 
     run_blocks(model, [subject.calibration], visit)
     return model

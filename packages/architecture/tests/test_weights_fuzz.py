@@ -56,7 +56,7 @@ def test_mutations_reach_every_stage(directories, contents):
 
 def test_a_bug_would_be_found_and_the_directory_kept(tmp_path, monkeypatch):
     write_directories(tmp_path)
-    monkeypatch.setattr("bitnet_arch.checkpoint.WeightReader._matrix_shape", lambda self, name: self.missing)
+    monkeypatch.setattr("bitnet_arch.weights.WeightReader._matrix_shape", lambda self, name: self.missing)
     with pytest.raises(AttributeError):
         fuzz_directories(tmp_path, 20)
     monkeypatch.undo()

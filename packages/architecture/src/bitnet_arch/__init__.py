@@ -4,14 +4,7 @@ Importing this package reads no network and initialises no accelerator.
 """
 
 from bitnet_arch.bitlinear import BitLinear, bitlinear_layers, get_lambda, lambda_schedule, set_lambda
-from bitnet_arch.checkpoint import (
-    WeightReader,
-    load_model,
-    load_tokenizer,
-    open_weights,
-    save_master,
-    save_packed,
-)
+from bitnet_arch.checkpoint import load_model, load_tokenizer, save_master, save_packed
 from bitnet_arch.configs import load_config
 from bitnet_arch.convert import ConversionConfig, check_family, convert_model
 from bitnet_arch.errors import UserError
@@ -30,6 +23,7 @@ from bitnet_arch.quant import (
     ternary_codes,
 )
 from bitnet_arch.stream import convert_directory
+from bitnet_arch.weights import WeightReader, open_weights
 
 __all__ = [
     "FAMILIES",

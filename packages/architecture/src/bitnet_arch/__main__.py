@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from bitnet_arch.checkpoint import load_tokenizer, open_weights
+from bitnet_arch.checkpoint import load_tokenizer
 from bitnet_arch.convert import ConversionConfig
 from bitnet_arch.errors import UserError
 from bitnet_arch.hub import write_model_card
@@ -25,6 +25,7 @@ from bitnet_arch.ptq.quantizers import Method
 from bitnet_arch.quant import Granularity
 from bitnet_arch.shards import MAX_SHARD_SIZE
 from bitnet_arch.stream import check_source, convert_directory
+from bitnet_arch.weights import open_weights
 
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 4, 512
 

@@ -4,6 +4,8 @@
 is written as the method leaves it, and loses them again. What is measured and computed is what it is on the whole model.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +15,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitnet_arch.bitlinear import LAMBDA_KEY, get_lambda
-from bitnet_arch.checkpoint import WeightReader, _compute_buffers, check_layers, skeleton, write_directory
+from bitnet_arch.checkpoint import check_layers, compute_buffers, skeleton
 from bitnet_arch.configs import LinearClass
 from bitnet_arch.convert import ConversionConfig, ConversionPlan, check_family, plan_conversion
+from bitnet_arch.directories import write_directory
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import family_of
 from bitnet_arch.lrc.covariance import Block, run_blocks
 from bitnet_arch.quant import Granularity
 from bitnet_arch.shards import ShardWriter, check_finite
 from bitnet_arch.stream import DirectoryResult, Floats, companions_of, embed_used
+from bitnet_arch.weights import WeightReader
 
 Progress = Callable[[int, int], None]
 """Called with (blocks done, blocks in all)."""
@@ -64,7 +68,7 @@ class BlockStream:
             self._plan = plan_conversion(config, conversion, Floats(reader), lambda names: {})
         self._read = DirectoryResult(self._plan.target, False, "bitlinear")
         self.model: PreTrainedModel = self._read.model
-        _compute_buffers(self.model)
+        compute_buffers(self.model)
 
     def write(
         self,
@@ -123,6 +127,7 @@ class BlockStream:
                 if not name.endswith(LAMBDA_KEY):
                     result.write(prefix + name, tensor, writer)
             block.to("meta")
+            _return_memory()
             done += 1
             if progress:
                 progress(done, len(blocks))
@@ -155,6 +160,14 @@ class BlockStream:
             if not name.startswith(blocks):
                 for piece in self.reader.pieces(name):
                     result.write(name, self._plan.edit(name, piece.float()), writer)
+
+
+def _return_memory() -> None:
+    """Give freed memory back: glibc keeps the holes that one block leaves, and the next one does not fit into them."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def result_of(stream: BlockStream, packed: bool, linear_class: LinearClass) -> DirectoryResult:

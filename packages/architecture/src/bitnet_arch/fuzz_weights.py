@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bitnet_arch.checkpoint import WeightReader, load_model, open_weights, save_master, save_packed
+from bitnet_arch.checkpoint import load_model, save_master, save_packed
 from bitnet_arch.convert import ConversionConfig, convert_model
 from bitnet_arch.errors import UserError
 from bitnet_arch.gguf.fuzz import mutate
 from bitnet_arch.shards import DTYPES, WEIGHTS_FILE
 from bitnet_arch.stream import convert_directory
 from bitnet_arch.testing import tiny_bitnet, tiny_llama
+from bitnet_arch.weights import WeightReader, open_weights
 
 
 def write_directories(folder: Path | str) -> list[Path]:

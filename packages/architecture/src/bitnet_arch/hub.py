@@ -11,12 +11,14 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from bitnet_arch.checkpoint import CARD_FILE, CARD_MARK, WeightReader, open_weights, read_provenance, skeleton
+from bitnet_arch.checkpoint import read_provenance, skeleton
 from bitnet_arch.configs import read_json_object
+from bitnet_arch.directories import CARD_FILE, CARD_MARK
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import PREFIX, quantized_names
 from bitnet_arch.modeling import form_of
 from bitnet_arch.parity.proof import source_digest
+from bitnet_arch.weights import WeightReader, open_weights
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?=\s|$)")
 STATUSES = ("proven", "unproven")

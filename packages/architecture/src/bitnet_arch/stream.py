@@ -19,20 +19,17 @@ from transformers.configuration_utils import PreTrainedConfig
 from bitnet_arch.bitlinear import LAMBDA_KEY
 from bitnet_arch.checkpoint import (
     Companions,
-    WeightReader,
     check_layers,
     config_text,
     load_tokenizer,
-    open_weights,
     own_names,
     read_generation_config,
     read_provenance,
     skeleton,
-    stored_scale,
-    write_directory,
 )
 from bitnet_arch.configs import LinearClass, quantization_block
 from bitnet_arch.convert import ConversionConfig, ConversionPlan, check_family, plan_conversion, with_layers
+from bitnet_arch.directories import write_directory
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import Family, family_of, quantized_names
 from bitnet_arch.modeling import form_of
@@ -40,6 +37,7 @@ from bitnet_arch.packing import CODES_PER_BYTE, pack_codes
 from bitnet_arch.quant import GROUP, Granularity, quantize_weight
 from bitnet_arch.shards import MAX_SHARD_SIZE, ShardWriter, TensorSpec, check_finite
 from bitnet_arch.subln import InputStatistics, recording
+from bitnet_arch.weights import WeightReader, open_weights, stored_scale
 
 
 def convert_directory(

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 from bitnet_arch import UserError, load_tokenizer, open_weights
-from bitnet_arch.checkpoint import WeightReader
 from bitnet_arch.gguf import ARCHITECTURES, EMBEDDING_TYPES, MATRIX_TYPES, annotate_gguf, choose_architecture, export_gguf
 from bitnet_arch.parity import EngineInfo, ParityBounds, ParityError, ParityReport, no_engine, run_gate, tensor_types
+from bitnet_arch.weights import WeightReader
 
 from wrinklefree_inference.llamacpp import NAME, EngineError, LlamaCpp
 

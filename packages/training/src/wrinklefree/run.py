@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 from bitnet_arch import UserError, load_float_model, save_master
-from bitnet_arch.checkpoint import check_replaceable
+from bitnet_arch.directories import check_replaceable
 from bitnet_arch.pretrained import Pretrained
 from data_handler import PackedStream
 from pytorch_lightning.loggers import Logger, WandbLogger

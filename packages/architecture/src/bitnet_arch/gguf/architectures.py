@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from transformers.configuration_utils import PreTrainedConfig
 
-from bitnet_arch.checkpoint import WeightReader, skeleton
+from bitnet_arch.checkpoint import skeleton
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import base_type
 from bitnet_arch.gguf.names import FAMILY_NAMES
 from bitnet_arch.gguf.rope import head_width, local_theta, rope_of
 from bitnet_arch.modeling import TernaryForm, form_of
+from bitnet_arch.weights import WeightReader
 
 BITNET, OURS = "bitnet", "wrinklefree"
 ACTIVATIONS = {"silu": "silu", "relu2": "relu2", "gelu_pytorch_tanh": "gelu_tanh"}

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from bitnet_arch.bitlinear import LAMBDA_KEY
-from bitnet_arch.checkpoint import _compute_buffers
+from bitnet_arch.checkpoint import compute_buffers
 from bitnet_arch.configs import check_shape, short_reason
 from bitnet_arch.convert import replace_linears
 from bitnet_arch.errors import UserError
@@ -339,7 +339,7 @@ def _assemble(
         for name, module in model.named_modules():
             if isinstance(module, SubLN):
                 state[f"{name}.eps"] = _float(keys, names[f"{name}.eps"], heads, f"{name}.eps", family).reshape(())
-        _compute_buffers(model)
+        compute_buffers(model)
     loaded = model.load_state_dict(state, strict=False, assign=True)
     assert not loaded.unexpected_keys
     model.tie_weights()

@@ -7,9 +7,9 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bitnet_arch.checkpoint import WeightReader
 from bitnet_arch.gguf.plan import TensorPlan, encode
 from bitnet_arch.shards import TensorSpec, row_pieces
+from bitnet_arch.weights import WeightReader
 
 
 class _Rows:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from bitnet_arch.checkpoint import WeightReader, read_provenance
+from bitnet_arch.checkpoint import read_provenance
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import base_type, family_of, quantized_names
 from bitnet_arch.gguf.architectures import BITNET, model_keys, stored_rank
@@ -22,6 +22,7 @@ from bitnet_arch.gguf.types import BF16, BY_ID, F16, F32, I2_S, TYPES, choose_ty
 from bitnet_arch.lrc.adapters import as_stored, layer_rank
 from bitnet_arch.modeling import TernaryForm, form_of
 from bitnet_arch.quant import GROUP, Granularity
+from bitnet_arch.weights import WeightReader
 
 __all__ = [
     "BITNET",

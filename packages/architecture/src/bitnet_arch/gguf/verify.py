@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_arch.checkpoint import WeightReader
 from bitnet_arch.gguf.architectures import written_architecture
 from bitnet_arch.gguf.floats import EMBEDDING_TYPES, TYPE_NAMES
 from bitnet_arch.gguf.pieces import encoded_pieces
 from bitnet_arch.gguf.plan import TensorPlan, expected_metadata, plan_tensors, stored_matrix
 from bitnet_arch.gguf.reader import GgufFile, read_gguf
 from bitnet_arch.gguf.types import BY_ID, MATRIX_TYPES, f16_scale
+from bitnet_arch.weights import WeightReader
 
 
 def file_differences(

@@ -10,7 +10,6 @@ from typing import Any, BinaryIO
 import gguf
 import numpy as np
 
-from bitnet_arch.checkpoint import WeightReader, open_weights
 from bitnet_arch.errors import UserError
 from bitnet_arch.gguf.architectures import choose_architecture
 from bitnet_arch.gguf.floats import PLAIN, SIZES, TYPE_NAMES
@@ -18,6 +17,7 @@ from bitnet_arch.gguf.pieces import encoded_pieces
 from bitnet_arch.gguf.plan import TensorPlan, expected_metadata, plan_tensors, stored_bytes
 from bitnet_arch.gguf.types import I2_S
 from bitnet_arch.gguf.verify import file_differences
+from bitnet_arch.weights import WeightReader, open_weights
 
 # gguf-py does not know these yet; with sizes registered it writes the bytes it is given. I2_S has its tail by `stored_bytes`.
 gguf.GGML_QUANT_SIZES.setdefault(42, (64, 18))  # type: ignore[arg-type]

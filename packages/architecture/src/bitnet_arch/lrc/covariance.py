@@ -57,7 +57,8 @@ class Covariances:
             UserError: if the sums are not finite, or empty.
         """
         extra = _ridge(self.sxx, epsilon)
-        return Covariances(sxx=self.sxx + extra, sxy=self.sxy + extra, syy=self.syy + extra)
+        sxx, sxy, syy = (_with_diagonal(matrix.clone(), extra) for matrix in (self.sxx, self.sxy, self.syy))
+        return Covariances(sxx=sxx, sxy=sxy, syy=syy)
 
 
 @dataclass(kw_only=True)
@@ -80,16 +81,22 @@ class Hessian:
         rounded = fake_quant_activation(x.detach().reshape(-1, x.shape[-1])).double()
         self.syy.addmm_(rounded.T, rounded)
 
-    def regularized(self, epsilon: float) -> Tensor:
-        """Return `Syy + ε tr(Syy) / in · I`; errors as in `Covariances.regularized`."""
-        return self.syy + _ridge(self.syy, epsilon)
+    def regularize(self, epsilon: float) -> None:
+        """Make it `Syy + ε tr(Syy) / in · I`, in place; errors as in `Covariances.regularized`."""
+        _with_diagonal(self.syy, _ridge(self.syy, epsilon))
 
 
-def _ridge(matrix: Tensor, epsilon: float) -> Tensor:
+def _with_diagonal(matrix: Tensor, extra: float) -> Tensor:
+    """Add a number to a matrix's diagonal, in place: a wide layer's covariance need not be there twice."""
+    matrix.diagonal().add_(extra)
+    return matrix
+
+
+def _ridge(matrix: Tensor, epsilon: float) -> float:
     trace = float(matrix.trace())
     if not 0 < trace < float("inf"):
         raise UserError("a layer's calibration inputs are all zero or not finite: calibrate on other tokens")
-    return epsilon * trace / len(matrix) * torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
+    return epsilon * trace / len(matrix)
 
 
 Sums = TypeVar("Sums", Covariances, Hessian)

@@ -10,7 +10,6 @@ from transformers import AutoConfig
 
 from bitnet_arch.bitlinear import LAMBDA_KEY
 from bitnet_arch.block_stream import BlockStream, Progress
-from bitnet_arch.checkpoint import WeightReader, open_weights
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import base_type, quantized_names
 from bitnet_arch.lrc.model import LRCConfig, correct_block
@@ -18,6 +17,7 @@ from bitnet_arch.modeling import TernaryForm, form_of, ternary_config
 from bitnet_arch.quant import Granularity
 from bitnet_arch.shards import MAX_SHARD_SIZE
 from bitnet_arch.stream import DirectoryResult, check_output
+from bitnet_arch.weights import WeightReader, open_weights
 
 
 def lrc_directory(

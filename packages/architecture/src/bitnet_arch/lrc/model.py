@@ -14,11 +14,11 @@ from bitnet_arch.errors import UserError
 from bitnet_arch.families import quantized_names
 from bitnet_arch.lrc.adapters import AdapterDtype, check_rank, layer_rank
 from bitnet_arch.lrc.covariance import Block, Covariances, run_blocks
-from bitnet_arch.lrc.solve import Decomposition, Solution, Start, alternate, fit_adapters, relative_error
+from bitnet_arch.lrc.solve import Decomposition, Solution, Start, alternate
 from bitnet_arch.modeling import change_form
 from bitnet_arch.packed import PackedBitLinear, PackedBitLinearLRC
 from bitnet_arch.ptq.model import as_converted, check_epsilon, ternary_layers
-from bitnet_arch.ptq.quantizers import Method, dequantize, master_weight, quantizer
+from bitnet_arch.ptq.quantizers import Method, Quantizer, master_weight, quantizer
 from bitnet_arch.quant import quantize_weight
 
 
@@ -127,7 +127,7 @@ def correct_block(
             layer.set_strength(0.0)  # type: ignore[operator]
     covariances = block.covariances(names)
     for name in names:
-        layer, found = layers.pop(name), covariances.pop(name)  # large ones are not held longer than they are needed
+        layer, found = layers.pop(name), covariances.pop(name).regularized(config.epsilon)  # held no longer than needed
         solution = _solve(layer, layer.weight if weights is None else weights[name], found, config)
         del found
         model.set_submodule(name, _corrected(layer, solution, config))
@@ -178,23 +178,24 @@ def _with_form(model: PreTrainedModel, rank: int | float, dtype: AdapterDtype) -
 
 
 def _solve(layer: BitLinear | PackedBitLinear, target: Tensor, found: Covariances, config: LRCConfig) -> Solution:
-    covariances, how = found.regularized(config.epsilon), config.decomposition
-    rank = layer_rank(config.rank, layer.in_features, layer.out_features)
-    if config.quantizer == "keep":
-        codes, scale = _kept(layer)
-        ternary = dequantize(codes, scale)
-        u, v = fit_adapters(target, ternary, covariances, rank, how)
-        return Solution(codes=codes, scale=scale, u=u, v=v, errors=(relative_error(target, ternary, covariances, u, v),))
-    assert isinstance(layer, BitLinear)
     return alternate(
-        target, covariances, rank, quantizer(config.quantizer), layer.granularity, steps=config.steps, start=config.start, how=how
+        target,
+        found,
+        layer_rank(config.rank, layer.in_features, layer.out_features),
+        _keep(layer) if config.quantizer == "keep" else quantizer(config.quantizer),
+        layer.granularity if isinstance(layer, BitLinear) else "tensor",
+        steps=config.steps,
+        start=config.start,
+        how=config.decomposition,
     )
 
 
-def _kept(layer: BitLinear | PackedBitLinear) -> tuple[Tensor, Tensor]:
+def _keep(layer: BitLinear | PackedBitLinear) -> Quantizer:
     if isinstance(layer, PackedBitLinear):
-        return layer.codes(), layer.weight_scale if layer.weight_scale.ndim == 2 else layer.weight_scale.reshape(())
-    return quantize_weight(layer.weight, layer.granularity)
+        kept = layer.codes(), layer.weight_scale if layer.weight_scale.ndim == 2 else layer.weight_scale.reshape(())
+    else:
+        kept = quantize_weight(layer.weight, layer.granularity)
+    return lambda weight, hessian, granularity: kept
 
 
 def _corrected(layer: BitLinear | PackedBitLinear, solution: Solution, config: LRCConfig) -> BitLinearLRC | PackedBitLinearLRC:

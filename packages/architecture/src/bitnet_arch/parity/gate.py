@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bitnet_arch.checkpoint import WeightReader, load_tokenizer, open_weights
+from bitnet_arch.checkpoint import load_tokenizer
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import family_of
 from bitnet_arch.gguf.architectures import OURS, written_architecture
@@ -57,6 +57,7 @@ from bitnet_arch.parity.proof import source_digest, tensors_digest
 from bitnet_arch.parity.report import MAY_STAY_OPEN, Check, ParityBounds, ParityReport, at_most, widened
 from bitnet_arch.parity.stream import LayerStream
 from bitnet_arch.parity.tokens import Tokenize, tokenizer_check
+from bitnet_arch.weights import WeightReader, open_weights
 
 Engine = Callable[[list[int]], NDArray[np.float64]]
 """Maps token ids to log-probabilities of the next token, float64 `[len(ids), vocabulary]`: row i has seen ids 0..i."""

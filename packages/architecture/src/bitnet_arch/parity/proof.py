@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from bitnet_arch.checkpoint import WeightReader
 from bitnet_arch.gguf.reader import GgufFile, read_gguf
+from bitnet_arch.weights import WeightReader
 
 CHUNK = 1 << 24
 PREFIX = "wrinklefree.parity."

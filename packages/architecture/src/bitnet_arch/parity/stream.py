@@ -1,7 +1,7 @@
 """Run a model directory in several ways at once, holding one decoder layer in memory at a time."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitnet_arch.bitlinear import BitLinear, BitLinearLRC
-from bitnet_arch.checkpoint import WeightReader, skeleton
+from bitnet_arch.checkpoint import skeleton
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import family_of
 from bitnet_arch.gguf.floats import decode_float, encode_float
@@ -21,6 +21,7 @@ from bitnet_arch.packed import PackedBitLinear, PackedBitLinearLRC
 from bitnet_arch.parity.activations import BY_WEIGHT_TYPE
 from bitnet_arch.parity.forwards import Dress, Dressed, Forward, Perturbed, TernaryWeight, use_half_cache
 from bitnet_arch.parity.layerwise import LayerDifference, compare_linear
+from bitnet_arch.weights import WeightReader
 
 LogProbs = NDArray[np.float64]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -34,7 +35,7 @@ class LayerStream:
     model's own forward pass, run once with its blocks taken out; so every family of `bitnet_arch.families` whose blocks map hidden
     states to hidden states can be run.
 
-    Peak memory is one layer in its widest form, the head in the forms that the forwards ask for, and the hidden states.
+    Peak memory is one layer in its widest form, the head as the file stores it, and the hidden states.
 
     Attributes:
         windows: int64 `[windows, time]`, each a context of its own.
@@ -71,7 +72,7 @@ class LayerStream:
             if form not in entered:
                 entered[form] = self._enter(*form)
             self.hidden[name] = entered[form]
-        self._heads: dict[bool, Tensor] = {}
+        self._encoded_head: list[NDArray[np.uint8]] = []
 
     @torch.no_grad()
     def run(self, code_edge: float, progress: Callable[[int, int], None] | None = None) -> LayerDifference:
@@ -113,9 +114,7 @@ class LayerStream:
         head = self._head_name()
         if forward.rounded_head:
             states = BY_WEIGHT_TYPE[self.types.get(head, F16)](states)
-        if forward.stored_embedding not in self._heads:
-            self._heads[forward.stored_embedding] = self._table(head, self.reader.get(head), forward.stored_embedding)
-        logits = F.linear(states, self._heads[forward.stored_embedding])
+        logits = torch.cat([F.linear(states, rows) for rows in self._head(head, forward.stored_embedding)], dim=-1)
         if cap := getattr(self._skeleton.config, "final_logit_softcapping", None):
             logits = torch.tanh(logits / cap) * cap
         result: LogProbs = logits.double().log_softmax(-1).numpy()
@@ -128,14 +127,23 @@ class LayerStream:
         tied = self._skeleton.config.tie_word_embeddings
         return f"{self._family.embedding if tied else self._family.head}.weight"
 
-    def _table(self, name: str, rows: Tensor, stored: bool) -> Tensor:
-        """Return rows of the embedding or head in float32, rounded as the file's type for it does if `stored`."""
-        values = rows.float()
+    def _head(self, name: str, stored: bool) -> Iterator[Tensor]:
+        """Yield the head's rows in float32, some at a time: the float matrix is the largest there is."""
         if not stored:
-            return values
-        kind = self.types.get(name, F16)
-        encoded = np.ascontiguousarray(encode_float(values.numpy(), kind)).view(np.uint8).reshape(len(values), -1)
-        return torch.from_numpy(decode_float(encoded, kind, tuple(values.shape)).copy())
+            yield from (rows.float() for rows in self.reader.pieces(name))
+            return
+        if not self._encoded_head:
+            self._encoded_head = [self._encode(name, rows) for rows in self.reader.pieces(name)]
+        yield from (self._decode(name, encoded) for encoded in self._encoded_head)
+
+    def _encode(self, name: str, rows: Tensor) -> NDArray[np.uint8]:
+        """Return rows of the embedding or head as the file stores them, `[rows, bytes]`."""
+        encoded = encode_float(rows.float().numpy(), self.types.get(name, F16))
+        return np.ascontiguousarray(encoded).view(np.uint8).reshape(len(rows), -1)
+
+    def _decode(self, name: str, encoded: NDArray[np.uint8]) -> Tensor:
+        shape = len(encoded), self.reader.shape(name)[1]
+        return torch.from_numpy(decode_float(encoded, self.types.get(name, F16), shape).copy())
 
     @torch.no_grad()
     def _enter(self, stored: bool, dtype: torch.dtype) -> Tensor:
@@ -148,7 +156,8 @@ class LayerStream:
             raise UserError(f"a probe has a token id outside the vocabulary of {self.reader.shape(name)[0]}: use other windows")
         rows = torch.cat([self.reader.get(name, slice(token, token + 1)) for token in used.tolist()])
         embedding: Any = model.get_submodule(family.embedding)
-        embedding.weight = nn.Parameter(self._table(name, rows, stored).to(dtype), requires_grad=False)
+        rows = self._decode(name, self._encode(name, rows)) if stored else rows
+        embedding.weight = nn.Parameter(rows.to(dtype), requires_grad=False)
         embedding.num_embeddings, embedding.padding_idx = len(rows), None
         seen: list[tuple[Tensor, Call]] = []
         blocks: nn.ModuleList = model.get_submodule(family.blocks)  # type: ignore[assignment]

@@ -7,7 +7,6 @@ from pathlib import Path
 from torch import Tensor
 
 from bitnet_arch.block_stream import BlockStream, Progress, result_of
-from bitnet_arch.checkpoint import open_weights
 from bitnet_arch.configs import LinearClass
 from bitnet_arch.lrc.covariance import Block
 from bitnet_arch.ptq.model import check_method, quantize_block, quantize_layers
@@ -15,6 +14,7 @@ from bitnet_arch.ptq.quantizers import Method
 from bitnet_arch.quant import Granularity
 from bitnet_arch.shards import MAX_SHARD_SIZE
 from bitnet_arch.stream import check_output
+from bitnet_arch.weights import open_weights
 
 
 def quantize_directory(

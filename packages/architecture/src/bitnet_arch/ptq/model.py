@@ -73,9 +73,11 @@ def quantize_block(model: PreTrainedModel, method: Method, epsilon: float, block
     set_lambda(block.module, 0.0)
     names = [name for name in quantized_names(model) if name.startswith(block.prefix)]
     hessians = block.hessians(names)
-    for name in names:
-        found = hessians.pop(name)  # a large one is not held longer than it is needed
-        _replace(model.get_submodule(name), method, found.regularized(epsilon))  # type: ignore[arg-type]
+    for found in {id(found): found for found in hessians.values()}.values():  # layers share them
+        found.regularize(epsilon)
+    del found
+    for name in names:  # a large one is not held longer than it is needed
+        _replace(model.get_submodule(name), method, hessians.pop(name).syy)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

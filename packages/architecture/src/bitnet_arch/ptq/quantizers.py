@@ -84,10 +84,12 @@ def gptq(
     order = torch.arange(len(hessian), device=weight.device)
     if activation_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor, failed = torch.linalg.cholesky_ex(hessian[order][:, order])
+    factor, failed = torch.linalg.cholesky_ex(hessian[order][:, order] if activation_order else hessian)
     if failed:
         raise UserError("the covariance of a layer's inputs is not positive definite: calibrate on more tokens or raise epsilon")
-    feedback = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    factor = torch.cholesky_inverse(factor)
+    feedback = torch.linalg.cholesky(factor, upper=True)
+    del factor
     # Transposed, so that a column of the matrix is contiguous.
     columns = weight.double().T[order].contiguous()
     grid = expand_scale(scale.double(), weight.shape[1]).expand_as(weight).T[order].contiguous()
