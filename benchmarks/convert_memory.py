@@ -38,6 +38,8 @@ from bitnet_arch.shards import PIECE, ShardWriter, TensorSpec, row_pieces
 from bitnet_arch.stream import convert_directory
 from bitnet_arch.testing import tiny_tokenizer
 from report import bar, finish, parser
+from rich.console import Console
+from rich.progress import track
 from transformers import LlamaConfig
 
 MIB = 2**20
@@ -170,7 +172,9 @@ def gate(directory: Path, file: Path, tokens: int) -> None:
         return np.full((len(ids), vocabulary), -np.log(vocabulary))
 
     half = max(2, min(tokens, 64) // 2)
-    run_gate(directory, file, EngineInfo(engine, "none", "0"), [list(range(half)), list(range(half, 2 * half))])
+    run_gate(
+        directory, file, EngineInfo(engine, "none", "0", tokenize=lambda text: []), [list(range(half)), list(range(half, 2 * half))]
+    )
 
 
 def limits(source: Path, tokens: int) -> tuple[float, float, float]:
@@ -272,7 +276,7 @@ def main() -> None:
                 name, source = found.note, found.path
             else:
                 name, source = f"random Llama, {model}, bfloat16", random_model(model, folder / "source")
-            for case in arguments.cases:
+            for case in track(arguments.cases, name, console=Console(stderr=True), transient=True):
                 row, judged = measure(name, case, source, folder, arguments)
                 rows.append(row)
                 bars += judged

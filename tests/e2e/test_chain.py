@@ -93,5 +93,5 @@ def ask_server(path):
         stream = client.completions.create(model="tiny", prompt="def ", max_tokens=4, stream=True)
         assert sum(len(chunk.choices) for chunk in stream) >= 1
     finally:
-        server.send_signal(signal.SIGINT)
+        server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0

@@ -1,4 +1,4 @@
-"""SubLN insertion on a real pretrained model (docs/experiments.md, first entry)."""
+"""SubLN insertion on a real pretrained model (docs/experiments.md)."""
 
 import pydoc_data.topics
 

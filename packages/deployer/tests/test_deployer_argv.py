@@ -94,7 +94,7 @@ ARGV = [
     ),
     pytest.param(["train"], "wrinklefree", id="train"),
     pytest.param(["train", "a=1", "+b.c=[1,2]", "~d"], "wrinklefree a=1 '+b.c=[1,2]' '~d'", id="train-overrides"),
-    pytest.param(["train", "--", "--cfg", "job"], "wrinklefree --cfg job", id="train-options"),
+    pytest.param(["train", "--", "--cfg"], "wrinklefree --cfg", id="train-options"),
 ]
 
 

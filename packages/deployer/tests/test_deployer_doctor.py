@@ -120,7 +120,6 @@ def test_a_package_must_be_installed_importable_and_startable(tmp_path, monkeypa
     assert "cannot be imported" in doctor.check_package(package).found, "a bare folder is no package"
     (tmp_path / "toy_pack" / "__init__.py").write_text("raise RuntimeError('imported')\n")
     assert doctor.check_package(package).found == "3.1, without its command"
-    assert doctor.check_package(Package(distribution="toy-pack", module="toy_pack", runnable=False)).ok
     (tmp_path / "toy_pack" / "__main__.py").touch()
     assert doctor.check_package(package) == check(name="toy-pack", found="3.1", remedy="uv sync --all-packages")
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import typing
 
 import numpy as np
@@ -171,6 +173,22 @@ def test_a_full_disk_leaves_nothing(directory, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export, "annotate_gguf", full)
     assert main(["export", str(directory), "--out", str(tmp_path / "out.gguf"), "--unproven"]) == 2
     assert "No space left on device" in capsys.readouterr().err
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("limit", [1000, 40_000, 60_000])
+def test_a_disk_that_fills_up_while_a_file_is_written_is_told_of(limit, directory, tmp_path):
+    """The limit of a file's size stands for the disk: the kernel refuses what is beyond it, in the middle of a tensor."""
+    code = (
+        "import resource, sys; from wrinklefree_inference.cli import main\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    out = tmp_path / "out.gguf"
+    command = [sys.executable, "-c", code, "export", str(directory), "--out", str(out), "--unproven"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"error: writing {out} failed (File too large): free some space or choose another output\n"
     assert names(tmp_path) == []
 
 

@@ -30,7 +30,8 @@ def test_the_command_line_wins_over_what_a_model_recommends():
     [
         (["training.max_stepz=3"], r"unknown key training\.max_stepz: did you mean max_steps\?"),
         (["data.sequence_lenght=3"], r"unknown key data\.sequence_lenght: did you mean sequence_length\?"),
-        (["model=gpt5"], "choose one of .*smollm2_135m"),
+        (["model=gpt5"], "Could not find 'model/gpt5': choose one of .*smollm2_135m"),
+        (["training.learning_rate=inf"], "learning_rate must be positive, not inf"),
         (["training.max_steps=many"], r"training\.max_steps: .*'many' was given"),
         (["training.max_steps=0"], r"training\.max_steps must be positive, not 0"),
         (["training.schedule=zigzag"], "must be one of constant, cosine"),

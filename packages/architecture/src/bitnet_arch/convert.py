@@ -36,9 +36,6 @@ from bitnet_arch.subln import (
     soften,
 )
 
-ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionConfig:
@@ -341,11 +338,6 @@ def norm_sites(num_layers: int) -> list[NormSite]:
         sites.append(NormSite(f"{attention}.v_proj", f"{attention}.attn_sub_norm", f"{attention}.o_proj"))
         sites.append(NormSite(f"{mlp}.up_proj", f"{mlp}.ffn_sub_norm", f"{mlp}.down_proj"))
     return sites
-
-
-def is_quantized_linear(name: str) -> bool:
-    """Tell from a module's dotted name whether it is one of the decoder's seven quantised matrices."""
-    return name.rsplit(".", 1)[-1] in (*ATTENTION_LINEARS, *MLP_LINEARS)
 
 
 def replace_linears(model: PreTrainedModel) -> PreTrainedModel:

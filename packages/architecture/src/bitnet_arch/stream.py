@@ -274,6 +274,32 @@ def measure_stream(reader: WeightReader, layers: Iterable[str], calibration: Ite
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments and keywords of a block beside the hidden states: masks, positions, rotary tables, whatever its family hands to it."""
+Seen = list[tuple[Tensor, Call]]
+"""What went into each block: hidden states and the rest."""
+
+
+def probe_blocks(model: PreTrainedModel, family: Family, seen: Seen) -> tuple[nn.Module, int]:
+    """Take a skeleton's blocks and final norm out, so that its own forward pass says what each block is called with.
+
+    Args:
+        model: changed in place.
+        family: where its parts are.
+        seen: receives an entry a block whenever the trunk runs.
+
+    Returns:
+        The trunk, to be called with `input_ids` and `use_cache=False`, and how many blocks it has.
+    """
+    blocks: nn.ModuleList = model.get_submodule(family.blocks)  # type: ignore[assignment]
+    for index, block in enumerate(blocks):
+        blocks[index] = _Probe(block, seen)
+    model.set_submodule(family.final_norm, nn.Identity())
+    return model.get_submodule(family.blocks.rpartition(".")[0]), len(blocks)
+
+
+def is_complete(seen: Seen, blocks: int) -> bool:
+    """Say whether every block was called once, on hidden states of one shape: else they cannot be run one by one."""
+    return len(seen) == blocks and all(states.shape == seen[0][0].shape for states, _ in seen)
 
 
 def _enter(
@@ -281,17 +307,13 @@ def _enter(
 ) -> tuple[list[Tensor], list[list[Call]]]:
     """Return what goes into the first block for every row of tokens, and what else goes into each block."""
     rows = embed_used(model, family, reader, calibration)
-    blocks: nn.ModuleList = model.get_submodule(family.blocks)  # type: ignore[assignment]
-    seen: list[tuple[Tensor, Call]] = []
-    for index, block in enumerate(blocks):
-        blocks[index] = _Probe(block, seen)
-    model.set_submodule(family.final_norm, nn.Identity())
-    trunk = model.get_submodule(family.blocks.rpartition(".")[0])
+    seen: Seen = []
+    trunk, blocks = probe_blocks(model, family, seen)
     hidden, calls = [], []
     for ids in rows:
         seen.clear()
         trunk(input_ids=ids, use_cache=False)
-        if len(seen) != len(blocks) or any(states.shape != seen[0][0].shape for states, _ in seen):
+        if not is_complete(seen, blocks):
             raise UserError(f"the blocks of {model.config.model_type} cannot be run one by one: convert the model in memory")
         hidden.append(seen[0][0])
         calls.append([call for _, call in seen])

@@ -141,13 +141,13 @@ def hub_cache() -> Path:
 
 
 def check_package(package: Package) -> Check:
-    """A package of the workspace: installed, importable and, where it has a command, startable."""
+    """A package of the workspace: installed, importable and startable."""
     installed = _version(package.distribution)
     if installed is None:
         ok, found = False, "not installed"
     elif not is_importable(package.module):
         ok, found = False, f"{installed}, but {package.module} cannot be imported"
-    elif package.runnable and not is_runnable(package.module):
+    elif not is_runnable(package.module):
         ok, found = False, f"{installed}, without its command"
     else:
         ok, found = True, installed

@@ -15,16 +15,15 @@ TRAINING_SCRIPT = "scripts/train_lightning.py"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Package:
-    """A package of the workspace: the name it is installed as, the name it is imported as, and whether `-m` starts it."""
+    """A package of the workspace: the name it is installed as, and the name it is imported and started (`-m`) as."""
 
     distribution: str
     module: str
-    runnable: bool = True
 
 
 PACKAGES = (
     Package(distribution="bitnet-arch", module="bitnet_arch"),
-    Package(distribution="data-handler", module="data_handler", runnable=False),
+    Package(distribution="data-handler", module="data_handler"),
     Package(distribution="wrinklefree", module="wrinklefree"),
     Package(distribution="wrinklefree-inference", module="wrinklefree_inference"),
     Package(distribution="wrinklefree-eval", module="wrinklefree_eval"),

@@ -90,7 +90,7 @@ def export_proven(
     check_output(Path(directory), Path(out))
     with _staging(Path(out)) as (stage, publish):
         file = stage / "model.gguf"
-        _write(directory, file, kind, architecture, embedding, report_progress)
+        _write(directory, file, Path(out), kind, architecture, embedding, report_progress)
         report = _prove(directory, file, windows, bounds, report_progress)
         if report.status == "failed":
             raise ParityError(replace(report, reason=f"{Path(out).name} was not written: {report.reason}"))
@@ -126,17 +126,20 @@ def export_unproven(
     check_output(Path(directory), Path(out))
     with _staging(Path(out)) as (stage, publish):
         file = stage / "model.gguf"
-        _write(directory, file, kind, architecture, embedding, report_progress)
+        _write(directory, file, Path(out), kind, architecture, embedding, report_progress)
         report = _dated(ParityReport(status="unproven", reason=reason, types=tensor_types(file)))
         publish(file, report)
     return report
 
 
-def _write(directory: Path | str, file: Path, kind: str, architecture: str, embedding: str, progress: Progress) -> None:
+def _write(directory: Path | str, file: Path, out: Path, kind: str, architecture: str, embedding: str, progress: Progress) -> None:
     def on_tensor(done: int, of: int) -> None:
         progress("writing", done, of)
 
-    export_gguf(directory, file, kind, on_tensor, architecture=architecture, embedding=embedding)
+    try:
+        export_gguf(directory, file, kind, on_tensor, architecture=architecture, embedding=embedding)
+    except UserError as error:
+        raise UserError(str(error).replace(str(file), str(out))) from None
 
 
 def check_output(directory: Path, out: Path) -> None:
@@ -244,7 +247,7 @@ def _staging(out: Path) -> Iterator[tuple[Path, Callable[[Path, ParityReport], N
         stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         yield stage, publish
     except OSError as error:
-        raise UserError(f"writing {out} failed ({error.strerror}): free some space or choose another output") from None
+        raise UserError(f"writing {out} failed ({error.strerror or error}): free some space or choose another output") from None
     finally:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)

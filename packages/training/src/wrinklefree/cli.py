@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from bitnet_arch import UserError
@@ -17,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from wrinklefree.config import RunConfig, from_mapping
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 75
+MISSING = "Could not find"
 
 HELP = """usage: train_lightning.py [key=value ...]
 
@@ -99,7 +101,7 @@ def _one_sentence(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if any(line.startswith("Available options in") for line in lines):
         start = next(i for i, line in enumerate(lines) if line.startswith("Available options in"))
-        missing = next((line for line in lines if line.startswith("Could not find")), "unknown choice").rstrip(".")
+        missing = next((line[line.index(MISSING) :] for line in lines if MISSING in line), "unknown choice").rstrip(".")
         choices = [line for line in lines[start + 1 :] if "/" not in line and ":" not in line]
         return f"{missing}: choose one of {', '.join(choices)}"
     first = lines[0].rstrip(".:") if lines else type(error).__name__
@@ -163,8 +165,12 @@ def _train(config: RunConfig) -> int:
         return INTERRUPTED
     if outcome.summary is not None:
         _report(config, outcome.summary)
-        if outcome.summary["gguf"]["status"] == "failed":
-            print(f"error: model.gguf was not written: {outcome.summary['gguf']['note']}", file=sys.stderr)
+        gguf = outcome.summary["gguf"]
+        if gguf["status"] in ("failed", "refused"):
+            directory = Path(config.output_dir)
+            again = f"uv run wf export {quote(str(directory / 'model'))} --out {quote(str(directory / 'model.gguf'))}"
+            hint = f"; the model is whole, and `{again}` tries again" if gguf["status"] == "refused" else ""
+            print(f"error: model.gguf was not written: {gguf['note']}{hint}", file=sys.stderr)
             return FAILED
     return DONE
 
@@ -182,8 +188,8 @@ def _report(config: RunConfig, summary: dict[str, Any]) -> None:
     status = gguf["status"] if plain else f"{gguf['status']}: {gguf['note']}"
     print(f"gguf:   {directory / 'model.gguf'} ({status})" if written else f"gguf:   not written: {gguf['note']}")
     print(f"curves: {directory / 'loss.png'}\n\nnext:")
-    served = directory / ("model.gguf" if gguf["runs"] else "model")
-    commands = [f'generate {served} "def main"', f"eval {directory / 'model'} --tasks perplexity,sst2_local"]
+    served = quote(str(directory / ("model.gguf" if gguf["runs"] else "model")))
+    commands = [f'generate {served} "def main"', f"eval {quote(str(directory / 'model'))} --tasks perplexity,sst2_local"]
     if gguf["runs"]:  # the server runs nothing but proven or labelled GGUF files
         commands.insert(1, f"serve {served}")
     for command in commands:

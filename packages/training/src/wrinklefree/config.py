@@ -162,7 +162,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "rows_per_step", "checkpoint_every", "keep_checkpoints", "learning_rate"):
-            _require(getattr(self, name) > 0, f"training.{name} must be positive, not {getattr(self, name)}")
+            _require(0 < getattr(self, name) < float("inf"), f"training.{name} must be positive, not {getattr(self, name)}")
         for name in ("micro_batch_rows", "learning_rate_fp", "threads"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"training.{name} must be positive or null, not {value}")

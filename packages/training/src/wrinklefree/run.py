@@ -51,6 +51,7 @@ def train(config: RunConfig) -> Outcome:
     seed = config.training.seed
     train_rows = PackedStream(config.data, start.tokenizer, seed=seed)
     heldout = PackedStream(config.data, start.tokenizer, seed=seed, split="heldout")
+    heldout.heldout_rows()  # now: a split with nothing in it must not be found out after the training
     twin = copy.deepcopy(start.model) if config.training.compare_fp and start.original is None else None
     with wandb_logger(config, directory) as logger:
         common: dict[str, Any] = {"config": config, "logger": logger, "tokenizer": start.trained_tokenizer}

@@ -93,7 +93,7 @@ def export_gguf(
             temporary.chmod(0o644)
             os.replace(temporary, out)
         except OSError as error:
-            raise UserError(f"writing {out} failed ({error.strerror}): free some space or choose another output") from None
+            raise UserError(f"writing {out} failed ({error.strerror or error}): free some space or choose another output") from None
         finally:
             if temporary is not None:
                 temporary.unlink(missing_ok=True)
@@ -136,7 +136,7 @@ class _Pieces:
 
     def tofile(self, file: BinaryIO) -> None:
         for _, data in encoded_pieces(self.reader, self.plan):
-            data.tofile(file)
+            file.write(np.ascontiguousarray(data).data)  # `tofile` tells nothing of a disk that fills up while it buffers
 
 
 def _write_metadata(writer: gguf.GGUFWriter, values: dict[str, Any]) -> None:

@@ -21,11 +21,10 @@ from bitnet_arch.packed import PackedBitLinear, PackedBitLinearLRC
 from bitnet_arch.parity.activations import BY_WEIGHT_TYPE
 from bitnet_arch.parity.forwards import Dress, Dressed, Forward, Perturbed, TernaryWeight, use_half_cache
 from bitnet_arch.parity.layerwise import LayerDifference, compare_linear
+from bitnet_arch.stream import Call, is_complete, probe_blocks
 from bitnet_arch.weights import WeightReader
 
 LogProbs = NDArray[np.float64]
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments and keywords of a block beside the hidden states: masks, positions, rotary tables, whatever its family hands to it."""
 
 
 class LayerStream:
@@ -160,12 +159,9 @@ class LayerStream:
         embedding.weight = nn.Parameter(rows.to(dtype), requires_grad=False)
         embedding.num_embeddings, embedding.padding_idx = len(rows), None
         seen: list[tuple[Tensor, Call]] = []
-        blocks: nn.ModuleList = model.get_submodule(family.blocks)  # type: ignore[assignment]
-        for index, block in enumerate(blocks):
-            blocks[index] = _Probe(block, seen)
-        model.set_submodule(family.final_norm, nn.Identity())
-        model.get_submodule(family.blocks.rpartition(".")[0])(input_ids=places, use_cache=False)
-        if len(seen) != len(blocks) or any(states.shape != seen[0][0].shape for states, _ in seen):
+        trunk, blocks = probe_blocks(model, family, seen)
+        trunk(input_ids=places, use_cache=False)
+        if not is_complete(seen, blocks):
             raise UserError(
                 f"the blocks of {model.config.model_type} cannot be run one by one, so that no file of it can be proven"
             )
@@ -196,21 +192,6 @@ class LayerStream:
         if forward.half_cache:
             use_half_cache(layer.get_submodule("self_attn"))
         return layer
-
-
-class _Probe(nn.Module):
-    """Stands for a block: notes what it is called with and hands its input on. It has the block's attributes."""
-
-    def __init__(self, block: nn.Module, seen: list[tuple[Tensor, Call]]) -> None:
-        super().__init__()
-        self.__dict__["block"], self.__dict__["seen"] = block, seen  # not as a submodule
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)
-
-    def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        self.seen.append((hidden, (arguments, keywords)))
-        return hidden
 
 
 def _dress(reader: WeightReader, name: str, module: nn.Module) -> Dress:

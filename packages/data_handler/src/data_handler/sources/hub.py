@@ -64,6 +64,8 @@ class HubReader:
         try:
             stream = datasets.load_dataset(where, source.subset, split=source.split, streaming=True)
             first = next(iter(stream), None)
+        except StopIteration:  # what `datasets` raises where there is nothing to guess the columns from
+            raise UserError(f"source {source.name}: the data set {name} is empty: give one with rows") from None
         except Exception as error:  # as above
             raise UserError(
                 f"source {source.name}: the data set {name} could not be opened ({_reason(error)}): check its name, subset and "

@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytorch_lightning as pl
 from bitnet_arch import UserError
 
 from wrinklefree.files import writing
+from wrinklefree.module import TernaryModule
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
 _WRITER = re.compile("PytorchStreamWriter|inline_container|file write failed")
@@ -53,10 +55,13 @@ class Checkpoints(pl.Callback):
                     os.replace(path, aside / path.name)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        """Save when it is time."""
+        """Save when it is time; the time it takes is not that of the next step."""
         step = trainer.global_step
         if step % self.every == 0 or step == trainer.max_steps or trainer.should_stop:
+            assert isinstance(module, TernaryModule)
+            start = time.perf_counter()
             self.save(trainer)
+            module.aside += time.perf_counter() - start
 
     def save(self, trainer: pl.Trainer) -> Path:
         """Write a checkpoint of the current step.
