@@ -132,7 +132,9 @@ def distance(directory, kind, path):
 
 
 @pytest.mark.parametrize("kind", BOUNDS)
-@pytest.mark.parametrize("family", MAKERS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow) if name in ("llama-linear", "llama-3") else name for name in MAKERS]
+)
 def test_llama_cpp_computes_a_stock_model(family, kind, trained, tmp_path):
     report = export_gguf(trained(family), tmp_path / "out.gguf", kind)
     assert report.architecture == family.split("-")[0]

@@ -156,8 +156,15 @@ bitnet_arch.load_model(sys.argv[1]).push_to_hub("someone/tiny", token="hf_" + "x
 """
 
 
-@pytest.mark.parametrize("save", [save_master, save_packed], ids=["master", "packed"])
-@pytest.mark.parametrize("kind", ["stock", "own"])
+@pytest.mark.parametrize(
+    ("kind", "save"),
+    [
+        pytest.param("stock", save_packed, id="stock-packed"),
+        pytest.param("own", save_master, id="own-master"),
+        pytest.param("stock", save_master, id="stock-master", marks=pytest.mark.slow),
+        pytest.param("own", save_packed, id="own-packed", marks=pytest.mark.slow),
+    ],
+)
 def test_push_to_hub_sends_what_load_model_reads(kind, save, tmp_path):
     save(tiny_bitnet(hidden=64, ffn=128) if kind == "stock" else own(), tmp_path / "m")
     model = load_model(tmp_path / "m")

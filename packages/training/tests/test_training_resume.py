@@ -112,6 +112,7 @@ def test_two_processes_with_micro_batches_train_as_one_does(overrides, tmp_path)
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_a_full_disk_loses_no_earlier_checkpoint(overrides, tmp_path):
     run = tmp_path / "run"
     process = start(overrides, "training.compare_fp=false")
