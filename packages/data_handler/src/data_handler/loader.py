@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from data_handler.batch import collate, padding_row
 from data_handler.errors import UserError
 from data_handler.mixing import Weights
-from data_handler.packing import Gathered, expand, gather, tensors
+from data_handler.packing import Gathered, expand, gather, row_tensors, tensors
 from data_handler.stream import PackedStream
 
 PREFETCH = 2
@@ -121,6 +121,28 @@ class BatchLoader:
         if self._shared is not None:
             ahead = self._rows + (PREFETCH + 1) * self.rows_per_step  # what workers may have begun
             self._stale |= row < ahead or not self._shared.add(row, self.weights.entries[-1][1])
+
+    def upcoming(self, domain: int, count: int) -> list[dict[str, Tensor]]:
+        """Return the rows that a source would give next, whatever its weight, without moving on.
+
+        With several lanes they are those of the first one that this rank follows, which is lane 0 for rank 0.
+
+        Args:
+            domain: index of the source.
+            count: how many.
+
+        Returns:
+            Rows as `PackedStream.rows` has them.
+
+        Raises:
+            UserError: if the source cannot be read.
+        """
+        self.stream.open()
+        states = self._lanes or {}
+        number = min(states, default=0)
+        source = self.stream.lane(number, self.weights, states.get(number)).sources[domain]
+        length, padding = self.stream.config.sequence_length, self.stream.padding
+        return [row_tensors(source.next(), length, domain, padding) for _ in range(count)]
 
     def state_dict(self, rows: int | None = None) -> dict[str, Any]:
         """Return what goes on behind the last batch, as plain values of a few hundred bytes a lane.

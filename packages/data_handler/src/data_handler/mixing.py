@@ -122,15 +122,21 @@ class Weights:
         return cls(tuple(names), entries, int(state["changes"]), str(state["digest"]))
 
 
-def whose_turn(shares: Sequence[float], drawn: Sequence[int]) -> int:
+def whose_turn(shares: Sequence[float], drawn: Sequence[int], owed: Sequence[float] | None = None) -> int:
     """Return the source whose tokens so far lag furthest behind its share of all tokens so far; the first on a tie.
 
-    No chance is involved. A source without a share has no turn.
+    No chance is involved. A source without a share has no turn. So no lag grows beyond a row a source, however shares change, if
+    `owed` carries it on.
+
+    Args:
+        shares: of the tokens, [K].
+        drawn: tokens under these shares so far, [K].
+        owed: tokens that each lagged behind before that, [K]; None is none.
     """
     total = sum(drawn)
     best, lag = -1, -math.inf
     for index, share in enumerate(shares):
-        behind = share * total - drawn[index]
+        behind = share * total - drawn[index] + (owed[index] if owed else 0.0)
         if share > 0 and behind > lag:
             best, lag = index, behind
     return best

@@ -214,16 +214,25 @@ class Lane:
         self.rows = 0
         self.tokens = [0] * len(sources)
         self._since, self._drawn = 0, [0] * len(sources)
+        self._shares, self._owed = [0.0] * len(sources), [0.0] * len(sources)
         if state:
             self.rows, self.tokens = state["rows"], list(state["tokens"])
             self._since, self._drawn = state["since"], list(state["drawn"])
+            # A state from before shares could change has neither.
+            self._shares = list(state.get("shares", weights.at(self.rows * form.lanes + form.lane)[1]))
+            self._owed = list(state.get("owed", self._owed))
 
     def next(self) -> tuple[int, Row]:
         """Return (index of the source, row) of the lane's next row; after an error, the same again."""
         since, shares = self.weights.at(self.rows * self.form.lanes + self.form.lane)
-        if since != self._since:  # what was drawn under other weights is no debt
+        if since != self._since:
+            # What was drawn under other weights is no debt, but for the rest of a row: without it, weights that change at every
+            # step would be rounded to whole rows a step, always in the same way.
+            total, before = sum(self._drawn), zip(self._owed, self._shares, self._drawn, strict=True)
+            self._owed = [owed + share * total - drawn for owed, share, drawn in before]
             self._since, self._drawn = since, [0] * len(self.sources)
-        index = whose_turn(shares, self._drawn)
+        self._shares = list(shares)
+        index = whose_turn(shares, self._drawn, self._owed)
         row = self.sources[index].next()
         self.rows += 1
         self._drawn[index] += row.used
@@ -233,6 +242,7 @@ class Lane:
     def state(self) -> dict[str, Any]:
         """Return the position as plain values: rows and tokens of each source so far, and where each source is."""
         drawn = {"rows": self.rows, "tokens": [*self.tokens], "since": self._since, "drawn": [*self._drawn]}
+        drawn |= {"shares": [*self._shares], "owed": [*self._owed]}
         return {**drawn, "sources": [source.state() for source in self.sources]}
 
 

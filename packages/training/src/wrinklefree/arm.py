@@ -14,17 +14,21 @@ from data_handler import PackedStream
 from pytorch_lightning.loggers import Logger
 from transformers import PreTrainedModel
 
-from wrinklefree.callbacks import Checkpoints, Heldout, Interruption, Metrics, Progress, newest_checkpoint
+from wrinklefree.callbacks import Checkpoints, Heldout, Interruption, Metrics, Mixing, Progress, newest_checkpoint
 from wrinklefree.config import RunConfig
 from wrinklefree.evaluation import heldout_loss
 from wrinklefree.files import writing
+from wrinklefree.mixing import History, Mixture, Replay
 from wrinklefree.module import TernaryModule
 from wrinklefree.resume import Identity, check_config, check_fits, plain, read_checkpoint
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """What an arm ended with: the trained model, its held-out loss (nats a token) and its costs, or that it was interrupted."""
+    """What an arm ended with: the trained model, its held-out loss (nats a token) and its costs, or that it was interrupted.
+
+    `history` is that of its mixture: empty where nothing steered it.
+    """
 
     model: PreTrainedModel
     heldout_loss: float
@@ -32,6 +36,7 @@ class ArmResult:
     seconds: float
     interrupted: bool
     checkpoint: Path | None
+    history: History
 
 
 def train_arm(
@@ -46,6 +51,7 @@ def train_arm(
     resume: Path | None,
     logger: Logger | None,
     tokenizer: str | None,
+    replay: History | None = None,
 ) -> ArmResult:
     """Train `model` for `config.training.max_steps` steps.
 
@@ -60,6 +66,7 @@ def train_arm(
         resume: the checkpoint to continue from.
         logger: where figures go beside `metrics.jsonl`.
         tokenizer: JSON of a tokenizer that the run has trained, kept in the checkpoints.
+        replay: the mixture of another arm, to train on the same rows; None asks the configured controller.
 
     Raises:
         UserError: if the checkpoint cannot be continued, or a file cannot be written.
@@ -67,7 +74,7 @@ def train_arm(
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
     identity = Identity(title, plain(config), train.fingerprint(), tokenizer)
-    module = TernaryModule(model.train(), train, config, identity, quantized=quantized)
+    module = TernaryModule(model.train(), train, config, identity, quantized=quantized, mixture=_mixture(config, replay))
     if resume is not None:
         content = read_checkpoint(resume)
         check_config(resume, content, config)
@@ -75,9 +82,11 @@ def train_arm(
         del content
     interruption = Interruption()
     training = config.training
+    mixing = Mixing(heldout, config.mixture.probes, title, training.eval_every if replay is None else None)
     callbacks = [
         interruption,
         Heldout(heldout, training.eval_every),
+        *([mixing] if module.mixture is not None else []),  # before those that log and save what it decides
         Metrics(directory / "metrics.jsonl", title),
         Progress(title),
         Checkpoints(directory / "checkpoints", training.checkpoint_every, training.keep_checkpoints),
@@ -97,7 +106,16 @@ def train_arm(
         module.elapsed,
         stopped,
         newest_checkpoint(directory / "checkpoints"),
+        [] if module.mixture is None else module.mixture.history,
     )
+
+
+def _mixture(config: RunConfig, replay: History | None) -> Mixture | None:
+    if config.mixture.method == "none":
+        return None
+    if replay is not None:
+        return Mixture(Replay([source.name for source in config.data.sources], replay))
+    return Mixture(config.mixture.controller(config.data))
 
 
 def build_trainer(config: RunConfig, callbacks: list[pl.Callback], logger: Logger | None) -> pl.Trainer:

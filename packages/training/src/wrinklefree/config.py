@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar
 from bitnet_arch import ConversionConfig, UserError
 from bitnet_arch.bitlinear import LAMBDA_SCHEDULES
 from data_handler import DataConfig
+from data_handler.mixture import CONTROLLERS, Controller, OnlineDataMixing, parse_mixture
+from data_handler.mixture.settings import option_names
 from pydantic import TypeAdapter, ValidationError
 
 from wrinklefree.schedules import LEARNING_RATE_SCHEDULES
@@ -220,10 +222,83 @@ class DistributedConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureConfig:
+    """How the sources' shares of the tokens move while training (docs/mixture.md).
+
+    Attributes:
+        method: "none" (the data's weights throughout), or a method of `data_handler.mixture` that acts in a run.
+        options: of the method's class. Where it takes `weights` to start from and none are given, it starts from the data's.
+        probes: of method influence, the sources whose held-out rows are to be helped; None is all of them.
+    """
+
+    method: str = "none"
+    options: dict[str, Any] = field(default_factory=dict)
+    probes: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        known = [name for name in CONTROLLERS if name != "doremi"]
+        _require(
+            self.method != "doremi",
+            "mixture.method=doremi needs a reference run: scripts/mixture.py doremi finds weights before training",
+        )
+        _require(
+            self.method == "none" or self.method in known,
+            f"mixture.method must be none or one of {', '.join(known)}, not {self.method!r}",
+        )
+        _require(self.method != "none" or not self.options, "mixture.options has no effect with mixture=none: choose a method")
+        _require(self.probes is None or self.method == "influence", f"mixture.probes has no effect on {self.method}: leave it out")
+        _require(self.probes is None or bool(self.probes), "mixture.probes is empty: name a source, or leave it out for all")
+        if self.method != "none":
+            parse_mixture({"method": self.method, "options": self.options})
+
+    def controller(self, data: DataConfig) -> Controller:
+        """Return the controller of a run on these sources; there is none for method "none".
+
+        Raises:
+            UserError: for an option's value that cannot be meant with them.
+        """
+        options = dict(self.options)
+        if "weights" in option_names(self.method):
+            options.setdefault("weights", [source.weight for source in data.sources])
+        return parse_mixture({"method": self.method, "options": options}).controller([source.name for source in data.sources])
+
+    def check(self, data: DataConfig, steps: int) -> None:
+        """Refuse what cannot be meant with these sources and steps.
+
+        Raises:
+            UserError: naming it.
+        """
+        if self.method == "none":
+            return
+        names = [source.name for source in data.sources]
+        _require(
+            len(names) > 1,
+            f"mixture.method={self.method} needs at least two sources, and the data has only {names[0]}: add one to "
+            "data.sources, or leave it out (mixture=none)",
+        )
+        for name in self.probes or ():
+            _require(name in names, f"mixture.probes names {name!r}, which is no source: use {', '.join(names)}")
+        controller = self.controller(data)
+        needs_heldout = self.method in ("aioli", "influence")
+        _require(
+            not needs_heldout or data.heldout_share > 0,
+            f"mixture.method={self.method} measures held-out rows, and data.heldout_share is 0: set it above 0, for example 0.05",
+        )
+        if isinstance(controller, OnlineDataMixing):
+            first = controller.warmup // controller.every * controller.every + controller.every
+            _require(
+                first < steps,
+                f"the mixture would first change after step {first} (mixture.options.every={controller.every}), and the run has "
+                f"{steps}: lower every or warmup, or raise training.max_steps",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """A whole run.
 
     Attributes:
+        mixture: how the shares of the data's sources move; not at all by default.
         output_dir: the run directory.
         resume: "auto" continues from the newest checkpoint in `output_dir`, "none" refuses to, a path names a checkpoint.
         sample_prompt: the text that the trained model continues at the end.
@@ -233,6 +308,7 @@ class RunConfig:
     training: TrainingConfig
     data: DataConfig
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
     output_dir: str
     resume: str = "auto"
     sample_prompt: str = "The "
@@ -247,6 +323,7 @@ class RunConfig:
         _require(bool(self.sample_prompt), "sample_prompt is empty, and a model continues at least one character: give some")
         rows, processes = self.training.rows_per_step, self.distributed.devices
         _require(rows % processes == 0, f"training.rows_per_step={rows} must be a multiple of the {processes} processes")
+        self.mixture.check(self.data, self.training.max_steps)
 
 
 def from_mapping(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:

@@ -146,8 +146,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags := [a for a in overrides if a.startswith("-")]:
             raise UserError(f"unknown option {flags[0]}: settings are given as key=value, see --help")
         config = load_run_config(overrides)
+        if config.mixture.method != "none":
+            raise UserError(f"mixture={config.mixture.method} acts in a training run and has no effect on {method}: leave it out")
         if "--cfg" in rest:
-            print(yaml.safe_dump({"method": method, "mixture": settings, **compose_values(overrides)}, sort_keys=False), end="")
+            print(yaml.safe_dump({"method": method, **compose_values(overrides), "mixture": settings}, sort_keys=False), end="")
             return DONE
         return _find_and_write(config, method, settings)
     except ValueError as error:

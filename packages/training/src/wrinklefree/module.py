@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from wrinklefree.config import RunConfig
-from wrinklefree.objective import scored_tokens, token_loss_sum
+from wrinklefree.mixing import Mixture
+from wrinklefree.objective import domain_sums, row_losses, scored_tokens, token_loss_sum
 from wrinklefree.optim import build_optimizer, parameter_groups
 from wrinklefree.resume import KEY, Identity
 from wrinklefree.schedules import learning_rate_share
@@ -31,10 +32,16 @@ def model_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 class _Batches:
-    """An iterable of batches that shows Lightning no state: the module keeps the position, since Lightning reads ahead."""
+    """An iterable of batches that shows Lightning no state: the module keeps the position.
 
-    def __init__(self, loader: BatchLoader) -> None:
-        self._loader = loader
+    It has a length, since Lightning reads a batch ahead of what has none: the mixture could then not change from the next step on.
+    """
+
+    def __init__(self, loader: BatchLoader, steps: int) -> None:
+        self._loader, self._steps = loader, steps
+
+    def __len__(self) -> int:
+        return self._steps
 
     def __iter__(self) -> Any:
         return iter(self._loader)
@@ -50,13 +57,23 @@ class TernaryModule(pl.LightningModule):
         rows_seen: rows trained on, over all processes: the position in the data.
         domain_tokens: tokens trained on of each source, over all processes, padding excluded: recounted from the batches.
         loader: the batches; None before training starts.
+        mixture: decides the sources' shares while training; None leaves them as the data has them.
+        domain_losses: of the last step, where there is a mixture: each source's summed loss (nats, float32 [K]) and scored tokens
+            (int64 [K]), over all processes.
         tokens_seen: tokens in those rows, padding included.
         elapsed: seconds spent on steps, earlier runs that this one continues included.
         aside: seconds since the last step that were not spent on training (evaluations).
     """
 
     def __init__(
-        self, model: PreTrainedModel, stream: PackedStream, config: RunConfig, identity: Identity, *, quantized: bool
+        self,
+        model: PreTrainedModel,
+        stream: PackedStream,
+        config: RunConfig,
+        identity: Identity,
+        *,
+        quantized: bool,
+        mixture: Mixture | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -65,6 +82,8 @@ class TernaryModule(pl.LightningModule):
         self.run_config = config
         self.identity = identity
         self.quantized = quantized
+        self.mixture = mixture
+        self.domain_losses: tuple[Tensor, Tensor] | None = None
         # Now: when the optimiser is built, a checkpoint's weights may be in the model, whose groups would be others.
         self.groups = parameter_groups(model, config.training)
         self.peak_rate = config.training.learning_rate
@@ -95,7 +114,7 @@ class TernaryModule(pl.LightningModule):
             num_workers=training.data_workers,
         )
         self.loader.load_state_dict(self._loader_state)
-        return _Batches(self.loader)
+        return _Batches(self.loader, training.max_steps)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW; its rates are set at every step from the step's number."""
@@ -137,14 +156,23 @@ class TernaryModule(pl.LightningModule):
         size = self.run_config.training.micro_batch_rows or len(batch["input_ids"])
         parts = [{k: v[i : i + size] for k, v in batch.items()} for i in range(0, len(batch["input_ids"]), size)]
         total = torch.zeros((), device=self.device)
+        rows = []
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             wait = nullcontext() if last or world == 1 else self.trainer.strategy.model.no_sync()  # type: ignore[union-attr,operator]
             with wait:
-                loss, _ = token_loss_sum(self(part), part["labels"])
+                logits = self(part)
+                loss, _ = token_loss_sum(logits, part["labels"])
+                if self.mixture is not None:
+                    rows.append(row_losses(logits, part["labels"]))
+                del logits  # not longer than the loss needs them
                 # DDP averages gradients over processes; the step's mean is over all their tokens together.
                 self.manual_backward(loss * (world / count))
             total += loss.detach()
+        if self.mixture is not None:
+            losses, counts = (torch.cat(parts) for parts in zip(*rows, strict=True))
+            sums, tokens = (domain_sums(values, batch["domain"], len(self.stream.domains)) for values in (losses, counts))
+            self.domain_losses = self._sum(sums).cpu(), self._sum(tokens).cpu()
         return self._sum(total) / count
 
     def _domain_counts(self, batch: Batch) -> Tensor:
@@ -170,6 +198,7 @@ class TernaryModule(pl.LightningModule):
             "rows_seen": self.rows_seen,
             "domain_tokens": self.domain_tokens.tolist(),
             "loader": json.dumps(self._joined(self.loader.state_dict(self.rows_seen))),
+            "mixture": None if self.mixture is None else json.dumps(self.mixture.state_dict()),
             "tokens_seen": self.tokens_seen,
             "elapsed": self.elapsed,
             "threads": torch.get_num_threads(),
@@ -182,6 +211,8 @@ class TernaryModule(pl.LightningModule):
         self.rows_seen, self.tokens_seen = state["rows_seen"], state["tokens_seen"]
         self.domain_tokens = torch.tensor(state["domain_tokens"], dtype=torch.int64)
         self._loader_state = json.loads(state["loader"])
+        if self.mixture is not None:
+            self.mixture.load_state_dict(json.loads(state["mixture"]))
         self.elapsed = state["elapsed"]
         torch.set_num_threads(state["threads"])
         if self.global_rank < len(state["rng"]):

@@ -28,3 +28,37 @@ def token_loss_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def scored_tokens(labels: Tensor) -> Tensor:
     """Return how many positions of `labels` `[B, T]` are scored by `token_loss_sum` (int64 scalar)."""
     return (labels[:, 1:] != IGNORED).sum().to(torch.int64)
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's summed next-token cross-entropy and how many tokens it was summed over.
+
+    Row by row, so that no second array of the logits' size is needed; no gradient flows.
+
+    Args:
+        logits: float `[B, T, V]`.
+        labels: int64 `[B, T]`, unshifted; -100 where no prediction is scored.
+
+    Returns:
+        float32 `[B]` in nats, and int64 `[B]`.
+    """
+    pairs = [token_loss_sum(logits[i : i + 1].detach(), labels[i : i + 1]) for i in range(len(labels))]
+    return torch.stack([loss for loss, _ in pairs]), torch.stack([count for _, count in pairs])
+
+
+def domain_sums(values: Tensor, owner: Tensor, domains: int) -> Tensor:
+    """Return the sums of the rows of each domain, `[K]`, of `values`' type.
+
+    Args:
+        values: one a row, `[B]`.
+        owner: the domain of each row, int64 `[B]`.
+        domains: K.
+    """
+    # Not index_add_: on a GPU it adds floats in no fixed order, and a resumed run would differ in the last bit.
+    masks = owner[None, :] == torch.arange(domains, device=owner.device)[:, None]
+    return torch.where(masks, values[None, :], torch.zeros_like(values)).sum(dim=1)
+
+
+def domain_means(sums: Tensor, counts: Tensor) -> list[float]:
+    """Return sums over counts, not a number where there was nothing, [K]."""
+    return [float(s) / int(n) if n else float("nan") for s, n in zip(sums, counts, strict=True)]

@@ -14,14 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from wrinklefree.config import RunConfig, TrainingConfig
+from wrinklefree.evaluation import INFLUENCE_ROWS, first_order_influence, mean_loss
 from wrinklefree.models import build_start
 from wrinklefree.module import Batch, model_logits
-from wrinklefree.objective import IGNORED
+from wrinklefree.objective import IGNORED, domain_means, domain_sums
 from wrinklefree.optim import build_optimizer, parameter_groups
 from wrinklefree.schedules import learning_rate_share
-
-INFLUENCE_ROWS = 8
-"""Rows that a domain would give next; their gradient stands for the domain."""
 
 Rows = list[Batch]
 
@@ -128,7 +126,6 @@ class LanguageLearner:
             excess=self._excess(batch, losses.detach(), counts, owner) if excess else None,
         )
 
-    @torch.no_grad()
     def validate(self) -> list[float]:
         """Return the mean held-out loss of each domain, in the model's current lambda, nats a token."""
         return [self._mean_loss(rows) for rows in self.corpus.heldout]
@@ -136,9 +133,10 @@ class LanguageLearner:
     def influence(self) -> list[list[float]]:
         """Return <training gradient of a domain, held-out gradient of a target domain>, first order as TracIn has it, [K][P]."""
         read_next = zip(self.corpus.train, self._next, strict=True)
-        train = [self._gradient(source.take(start, INFLUENCE_ROWS)) for source, start in read_next]
-        probes = [self._gradient(rows) for rows, t in zip(self.corpus.heldout, self.target, strict=True) if t]
-        return [[float(g @ p) for p in probes] for g in train]
+        train = [source.take(start, INFLUENCE_ROWS) for source, start in read_next]
+        probes = [rows for rows, t in zip(self.corpus.heldout, self.target, strict=True) if t]
+        self._count([*train, *probes])
+        return first_order_influence(self.model, train, probes)
 
     def _lambda(self) -> float:
         training = self.training
@@ -153,28 +151,11 @@ class LanguageLearner:
         return _by_domain((losses - known).clamp(min=0), counts, owner, len(self.domains))
 
     def _mean_loss(self, rows: Rows) -> float:
-        self.model.eval()
-        total, count = 0.0, 0
-        for start in range(0, len(rows), 8):
-            batch = collate(rows[start : start + 8])
-            losses, counts = token_losses(self.model, batch)
-            total, count = total + float(losses.sum()), count + int(counts.sum())
-            self.measured_tokens += batch["input_ids"].numel()
-        self.model.train()
-        return total / max(1, count)
+        self._count([rows])
+        return mean_loss(self.model, rows)
 
-    def _gradient(self, rows: Rows) -> Tensor:
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        total = [torch.zeros_like(p) for p in parameters]
-        count = 0
-        for start in range(0, len(rows), 8):
-            batch = collate(rows[start : start + 8])
-            losses, counts = token_losses(self.model, batch)
-            count += int(counts.sum())
-            self.measured_tokens += batch["input_ids"].numel()
-            for sum_, gradient in zip(total, torch.autograd.grad(losses.sum(), parameters), strict=True):
-                sum_ += gradient
-        return torch.cat([g.flatten() for g in total]) / max(1, count)
+    def _count(self, groups: Sequence[Rows]) -> None:
+        self.measured_tokens += sum(len(rows) for rows in groups) * self.corpus.tokens_per_row
 
 
 def token_losses(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -186,9 +167,7 @@ def token_losses(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _by_domain(losses: Tensor, counts: Tensor, owner: Tensor, domains: int) -> list[float]:
-    sums = torch.zeros(domains).index_add_(0, owner, losses.sum(dim=1))
-    tokens = torch.zeros(domains).index_add_(0, owner, counts.float())
-    return [float(s / n) if n else float("nan") for s, n in zip(sums, tokens, strict=True)]
+    return domain_means(domain_sums(losses.sum(dim=1), owner, domains), domain_sums(counts, owner, domains))
 
 
 class LearnerFactory:

@@ -9,7 +9,7 @@ import torch
 from bitnet_arch import UserError
 from torch import nn
 
-from wrinklefree.config import RunConfig
+from wrinklefree.config import MixtureConfig, RunConfig
 
 KEY = "wrinklefree"
 """Where a Lightning checkpoint holds what is ours."""
@@ -79,7 +79,8 @@ def check_config(path: Path, content: Mapping[str, Any], config: RunConfig) -> N
     Raises:
         UserError: naming the first setting that differs, unless it is in `FREE_TO_CHANGE`.
     """
-    _check_same(content[KEY]["config"], plain(config), path)
+    # A checkpoint may be older than the key, and then nothing steered its mixture.
+    _check_same({"mixture": plain(MixtureConfig()), **content[KEY]["config"]}, plain(config), path)
 
 
 def check_fits(path: Path, content: Mapping[str, Any], identity: Identity, module: nn.Module, groups: list[dict[str, Any]]) -> None:

@@ -65,6 +65,8 @@ def train(config: RunConfig) -> Outcome:
         if twin is not None:
             folder = directory / "fp"
             again = newest_checkpoint(folder / "checkpoints")
+            # A controller of its own would give it other tokens: it repeats what the ternary arm's decided.
+            common["replay"] = ternary.history or None
             reference = train_arm("unquantised", twin, train_rows, heldout, folder, quantized=False, resume=again, **common)
             if reference.interrupted:
                 return Outcome(None, reference.checkpoint)

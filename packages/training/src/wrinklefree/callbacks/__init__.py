@@ -4,6 +4,7 @@ from wrinklefree.callbacks.checkpoints import Checkpoints, newest_checkpoint
 from wrinklefree.callbacks.heldout import Heldout
 from wrinklefree.callbacks.interruption import Interruption
 from wrinklefree.callbacks.metrics import Metrics, read_metrics
+from wrinklefree.callbacks.mixing import Mixing
 from wrinklefree.callbacks.progress import Progress
 
-__all__ = ["Checkpoints", "Heldout", "Interruption", "Metrics", "Progress", "newest_checkpoint", "read_metrics"]
+__all__ = ["Checkpoints", "Heldout", "Interruption", "Metrics", "Mixing", "Progress", "newest_checkpoint", "read_metrics"]
