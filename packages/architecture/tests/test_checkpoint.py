@@ -325,3 +325,13 @@ def test_where_weights_come_from_outlives_conversion(tmp_path):
     for more in ([], ["--packed", "--force"]):
         assert main(["convert", str(tmp_path / "float"), "--out", str(tmp_path / "ternary"), *more]) == 0
         assert json.loads((tmp_path / "ternary/provenance.json").read_text()) == {"source": "a 4-bit copy"}
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+def test_weights_that_are_no_numbers_are_named_when_they_are_loaded(name, tmp_path):
+    save_master(tiny_bitnet(hidden=64, ffn=128, layers=1), tmp_path / "m")
+    held = load_file(tmp_path / "m/model.safetensors")
+    held[name].view(-1)[3] = float("nan")
+    save_file(held, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"{name} has 1 values that are NaN"):
+        load_model(tmp_path / "m")

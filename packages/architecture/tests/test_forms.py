@@ -260,7 +260,7 @@ def test_subln_is_the_textbook_rmsnorm():
     x = torch.randn(2, 5, 48)
     expected = torch.nn.functional.rms_norm(x, (48,), norm.weight, 0.3)
     assert torch.allclose(norm(x), expected, atol=1e-6)
-    assert norm(x.bfloat16()).dtype == torch.bfloat16 or norm.weight.dtype == torch.float32
+    assert torch.allclose(norm(x.bfloat16()).float(), expected, atol=5e-2)
 
 
 def test_the_page_on_adding_a_family_does_what_it_says(tmp_path, monkeypatch):

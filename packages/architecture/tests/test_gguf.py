@@ -1,6 +1,7 @@
 import gguf
 import numpy as np
 import pytest
+import torch
 from bitnet_arch import UserError, open_weights, save_master, save_packed
 from bitnet_arch.gguf import PROVENANCE_KEY, TYPES, export_gguf, file_differences, read_gguf
 from bitnet_arch.gguf.floats import EMBEDDING_TYPES, decode_float, encode_float, round_bf16
@@ -244,3 +245,14 @@ def test_a_hostile_header_ends_in_one_sentence_or_a_valid_file(tmp_path_factory,
     except UserError as error:
         tensors = str(error)
     assert tensors if isinstance(tensors, dict) else "bad.gguf" in tensors
+
+
+@pytest.mark.parametrize(("embedding", "value"), [("f16", 1e6), ("q4_1", 1e6), ("q8_0", 1e8), ("q6_k", 3e38)])
+def test_embeddings_beyond_f16_are_refused(embedding, value, tmp_path):
+    model = tiny_bitnet(hidden=256, ffn=256, layers=1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[2, 3] = value
+    save_master(model, tmp_path / "m", tiny_tokenizer())
+    with pytest.raises(UserError, match=r"model.embed_tokens.weight holds values that f16 or f32 cannot"):
+        export_gguf(tmp_path / "m", tmp_path / "out.gguf", embedding=embedding)
+    assert not (tmp_path / "out.gguf").exists()

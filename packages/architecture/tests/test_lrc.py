@@ -259,6 +259,20 @@ def test_alternating_lowers_the_error_and_the_best_step_is_returned(quantize):
     assert (one.errors[0] > other) if quantize is absmean else (one.errors[0] < other)
 
 
+def test_a_step_that_is_worse_is_not_returned():
+    w, s = problem()
+    calls = []
+
+    def worse(weight, hessian, granularity):
+        calls.append(1)
+        codes, scale = absmean(weight, hessian, granularity)
+        return (codes, scale) if len(calls) < 3 else (-codes, scale)
+
+    found = alternate(w, s, 8, worse, steps=3)
+    assert found.errors[2] > found.errors[1]
+    assert relative_error(w, dequantize(found.codes, found.scale), s, found.u, found.v) == pytest.approx(min(found.errors))
+
+
 def test_at_full_rank_nothing_is_left_and_a_ternary_weight_needs_no_correction():
     w, x = problem()[0], rand(500, 64).double()
     exact = Covariances(sxx=x.T @ x, sxy=x.T @ x, syy=x.T @ x)  # inputs that rounding leaves as they are

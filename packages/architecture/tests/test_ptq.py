@@ -242,6 +242,22 @@ def test_a_block_is_fitted_to_what_the_quantised_blocks_before_it_hand_over(trai
     assert (found == codes(None)).float().mean() < 0.99
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group128"])
+@pytest.mark.parametrize("method", ["least_squares", "gptq"])
+def test_what_is_ternary_already_is_refused(method, granularity):
+    """Solving again would keep the codes and blow the scale up: the master's weights are not what was rounded."""
+    ids = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
+    config = ConversionConfig(norm="none", granularity=granularity)
+    model = convert_model(tiny_llama(hidden=64, ffn=128, vocab=300), config)
+    quantize_model(model, method, [ids])
+    with pytest.raises(UserError, match=r"layers.0.self_attn.q_proj is ternary already: start from float weights"):
+        quantize_model(model, method, [ids])
+    with torch.no_grad():
+        for _, layer in bitlinear_layers(model):
+            layer.weight += 1e-3 * torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(1))
+    quantize_model(model, method, [ids])  # trained since: there is something to round
+
+
 def test_what_has_no_effect_or_no_meaning_is_refused(trained):
     state, calibration, _ = trained
     with pytest.raises(UserError, match="gptq needs calibration"):

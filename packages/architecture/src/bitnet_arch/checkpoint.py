@@ -185,6 +185,8 @@ def _fill(model: PreTrainedModel, reader: WeightReader, dtype: torch.dtype) -> N
                 f"{reader.directory}: tensor {name!r} is {list(state[name].shape)}, but config.json asks for {list(buffer.shape)}: "
                 "restore the file that was changed"
             )
+    for name, tensor in state.items():
+        check_finite(name, tensor)
     missing = model.load_state_dict(state, strict=False, assign=True)
     assert not missing.unexpected_keys
     model.tie_weights()

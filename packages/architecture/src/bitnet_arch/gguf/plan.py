@@ -175,8 +175,11 @@ def encode(reader: WeightReader, plan: TensorPlan) -> NDArray[Any]:
     if plan.part == "adapter":
         tensor = as_stored(tensor, (form_of(reader.model_config) or TernaryForm()).lrc_dtype)
     values: NDArray[np.float32] = tensor.reshape(plan.shape).contiguous().numpy()
-    data = encode_float(interleave(values, plan.heads) + np.float32(plan.offset), plan.ggml_id)
-    if not np.isfinite(data if plan.ggml_id in PLAIN else values).all():
+    values = interleave(values, plan.heads) + np.float32(plan.offset)
+    data = encode_float(values, plan.ggml_id)
+    # The blocks of the quantised types have scales in f16.
+    held = np.isfinite(data) if plan.ggml_id in PLAIN else np.abs(values) <= np.finfo(np.float16).max
+    if not held.all():
         raise UserError(f"{plan.source} holds values that f16 or f32 cannot: the checkpoint is damaged or out of range")
     return data
 

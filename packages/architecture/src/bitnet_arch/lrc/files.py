@@ -134,10 +134,6 @@ def load_adapters(model: PreTrainedModel, file: Path | str) -> PreTrainedModel:
     return model
 
 
-def _close(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=SCALE_TOLERANCE)
-
-
 def _read(file: Path) -> tuple[int | float, AdapterDtype, str, list[float], dict[str, Tensor]]:
     if not file.is_file():
         raise UserError(f"{file} does not exist: name a file that save_adapters wrote")

@@ -17,7 +17,7 @@ from bitnet_arch.lrc.covariance import Block, Covariances, run_blocks
 from bitnet_arch.lrc.solve import Decomposition, Solution, Start, alternate
 from bitnet_arch.modeling import change_form
 from bitnet_arch.packed import PackedBitLinear, PackedBitLinearLRC
-from bitnet_arch.ptq.model import as_converted, check_epsilon, ternary_layers
+from bitnet_arch.ptq.model import as_converted, check_epsilon, check_not_ternary, ternary_layers
 from bitnet_arch.ptq.quantizers import Method, Quantizer, master_weight, quantizer
 from bitnet_arch.quant import quantize_weight
 
@@ -123,7 +123,8 @@ def correct_block(
     names = [name for name in quantized_names(model) if name.startswith(block.prefix)]
     layers: dict[str, BitLinear | PackedBitLinear] = {name: model.get_submodule(name) for name in names}  # type: ignore[misc]
     if config.quantizer != "keep":
-        for layer in layers.values():
+        for name, layer in layers.items():
+            check_not_ternary(name, layer)  # type: ignore[arg-type]
             layer.set_strength(0.0)  # type: ignore[operator]
     covariances = block.covariances(names)
     for name in names:

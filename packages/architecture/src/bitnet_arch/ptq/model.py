@@ -14,6 +14,7 @@ from bitnet_arch.families import quantized_names
 from bitnet_arch.lrc.covariance import Block, run_blocks
 from bitnet_arch.packed import PackedBitLinear
 from bitnet_arch.ptq.quantizers import Method, master_weight, quantizer
+from bitnet_arch.quant import GROUP
 
 
 @torch.no_grad()
@@ -77,6 +78,7 @@ def quantize_block(model: PreTrainedModel, method: Method, epsilon: float, block
         found.regularize(epsilon)
     del found
     for name in names:  # a large one is not held longer than it is needed
+        check_not_ternary(name, model.get_submodule(name))  # type: ignore[arg-type]
         _replace(model.get_submodule(name), method, hessians.pop(name).syy)  # type: ignore[arg-type]
 
 
@@ -86,8 +88,25 @@ def quantize_layers(module: nn.Module, method: Method) -> None:
     if method == "absmean":
         set_lambda(module, 1.0)
         return
-    for _, layer in bitlinear_layers(module):
+    for name, layer in bitlinear_layers(module):
+        check_not_ternary(name, layer)
         _replace(layer, method, None)
+
+
+def check_not_ternary(name: str, layer: BitLinear) -> None:
+    """Refuse a layer whose weights have lost what they were rounded from: solving again would move the scale and nothing else.
+
+    Raises:
+        UserError: naming the layer, if each of its weights is 0 or, in size, the largest that shares its scale.
+    """
+    size = layer.weight.detach().abs()
+    if layer.granularity == "tensor":
+        largest = size.amax().expand_as(size)
+    else:
+        parts = size.split(GROUP if layer.granularity == "group128" else size.shape[1], dim=1)
+        largest = torch.cat([part.amax(dim=1, keepdim=True).expand_as(part) for part in parts], dim=1)
+    if bool(((size <= 1e-6 * largest) | (size >= 0.999 * largest)).all()):
+        raise UserError(f"{name} is ternary already: start from float weights, or from a master that was trained since")
 
 
 def _replace(layer: BitLinear, method: Method, hessian: Tensor | None) -> None:
