@@ -37,6 +37,8 @@ from transformers import (
     LlamaForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
@@ -166,7 +168,17 @@ OLMO2 = Family(
     mixing=("self_attn.o_proj", "mlp.down_proj"),
     pre_norms={},
 )
+OPT = Family(
+    linears=(*(f"self_attn.{n}_proj" for n in ("q", "k", "v", "out")), "fc1", "fc2"),
+    mixing=("self_attn.out_proj", "fc2"),
+    pre_norms={},
+    blocks="model.decoder.layers",
+    embedding="model.decoder.embed_tokens",
+    final_norm="model.decoder.final_layer_norm",
+)
+OPT_SHAPE = {"vocab_size": 128, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 NEW = {
+    "opt": (OPT, lambda: OPTForCausalLM(OPTConfig(**OPT_SHAPE, word_embed_proj_dim=64, max_position_embeddings=64))),
     "phi3": (PHI3, lambda: Phi3ForCausalLM(Phi3Config(**SHAPE))),
     "olmo2": (OLMO2, lambda: Olmo2ForCausalLM(Olmo2Config(**SHAPE))),
 }

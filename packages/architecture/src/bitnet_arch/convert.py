@@ -21,7 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from bitnet_arch.bitlinear import BitLinear
 from bitnet_arch.configs import check_shape, quantization_block
 from bitnet_arch.errors import UserError
-from bitnet_arch.families import family_of, quantized_names
+from bitnet_arch.families import family_of, norm_epsilon, quantized_names
 from bitnet_arch.hadamard import block_size, rotate
 from bitnet_arch.modeling import Placement, TernaryForm, form_of, normed_layers, ternary_config
 from bitnet_arch.quant import Granularity, absmean_scale, expand_scale
@@ -250,7 +250,7 @@ def _is_ternary(weight: Tensor) -> bool:
 
 
 def _plan_form(config: PreTrainedConfig, conversion: ConversionConfig, source: Source, measure: Measure) -> ConversionPlan:
-    family, form, eps = family_of(config), conversion.form(), config.rms_norm_eps
+    family, form, eps = family_of(config), conversion.form(), norm_epsilon(config)
     moved = {reader: norm for norm, readers in family.pre_norms.items() for reader in readers} if form.norm == "bitlinear" else {}
     inserted = [name for name in normed_layers(family, form.norm) if name not in moved]
     blocks = [f"{family.blocks}.{i}" for i in range(config.num_hidden_layers)]

@@ -87,6 +87,14 @@ def family_of(config: PreTrainedConfig) -> Family:
     return family
 
 
+def norm_epsilon(config: PreTrainedConfig) -> float:
+    """Return the epsilon of a model's own norms, for those that are inserted; 1e-5 where its configuration names none."""
+    for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
+        if (value := getattr(config, name, None)) is not None:
+            return float(value)
+    return 1e-5
+
+
 def quantized_names(model: PreTrainedModel) -> list[str]:
     """Return the dotted names of a decoder's layers that are or become ternary, block by block."""
     family = family_of(model.config)

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from bitnet_arch.bitlinear import LAMBDA_KEY, BitLinear, BitLinearLRC, bitlinear_layers
 from bitnet_arch.errors import UserError
-from bitnet_arch.families import FAMILIES, PREFIX, Family, base_type, family_of, quantized_names
+from bitnet_arch.families import FAMILIES, PREFIX, Family, base_type, family_of, norm_epsilon, quantized_names
 from bitnet_arch.lrc.adapters import AdapterDtype, check_rank, layer_rank
 from bitnet_arch.norm import SubLN
 from bitnet_arch.packed import PackedBitLinear, PackedBitLinearLRC
@@ -103,7 +103,7 @@ def build_layers(model: PreTrainedModel, form: TernaryForm) -> None:
         layer: nn.Module = BitLinear.from_linear(
             linear,
             granularity=form.granularity,
-            in_norm=SubLN(linear.in_features, model.config.rms_norm_eps, device) if short in normed else None,
+            in_norm=SubLN(linear.in_features, norm_epsilon(model.config), device) if short in normed else None,
             rotation=form.rotation and short in mixing,
         ).train(linear.training)
         if form.lrc_rank:
@@ -247,7 +247,7 @@ class _Ternary(PreTrainedModel):
             module.lrc_v.normal_(std=module.in_features**-0.5)
         if isinstance(module, SubLN) and not getattr(module.weight, "_is_hf_initialized", False):
             module.weight.fill_(1.0)
-            module.eps.fill_(self.config.rms_norm_eps)
+            module.eps.fill_(norm_epsilon(self.config))
 
 
 for _known in FAMILIES:

@@ -149,7 +149,7 @@ def _read(file: Path) -> tuple[int | float, AdapterDtype, str, list[float], dict
         rank, dtype = json.loads(metadata.get("form", ""))
         check_rank(rank)
         scales = [float(scale) for scale in json.loads(metadata.get("scales", ""))]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         rank, dtype, scales = 0, None, []
     if dtype not in get_args(AdapterDtype):
         raise UserError(f"{file} is damaged (its metadata names no rank and dtype): download or save it again")
