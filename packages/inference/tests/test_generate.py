@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -197,7 +198,9 @@ def test_a_reader_that_stops_reading_is_no_error(trained):
 
 def test_ctrl_c_ends_a_generation_without_a_traceback(trained):
     arguments = (trained / "master", PROMPT, "--max-tokens", 480, "--temperature", 5)
-    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # As a terminal starts it: a background job of a shell, which may be running these tests, ignores Ctrl-C.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heard)
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
