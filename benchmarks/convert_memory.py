@@ -10,8 +10,8 @@ has, in pieces of 32 MiB, in the same process and before the case: both find the
 
 What a case may hold above the Python baseline: 300 MiB and the largest tensor where nothing is calibrated, else embedding, one
 block and activations. The methods that solve a layer hold a block's covariances besides, and in float64 several matrices of the
-size of the layer or of its covariance; the gate holds an embedding twice. These are shown and not judged; the gate, run with an
-engine that knows nothing, says nothing of the file.
+size of the layer or of its covariance; the gate holds a layer in float64 beside its codes. These are shown and not judged;
+the gate, run with an engine that knows nothing, says nothing of the file.
 """
 
 import json

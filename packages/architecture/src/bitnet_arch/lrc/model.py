@@ -14,11 +14,11 @@ from bitnet_arch.errors import UserError
 from bitnet_arch.families import quantized_names
 from bitnet_arch.lrc.adapters import AdapterDtype, check_rank, layer_rank
 from bitnet_arch.lrc.covariance import Block, Covariances, run_blocks
-from bitnet_arch.lrc.solve import Decomposition, Solution, Start, alternate
+from bitnet_arch.lrc.solve import Decomposition, Solution, Start, alternate, fit_adapters, relative_error
 from bitnet_arch.modeling import change_form
 from bitnet_arch.packed import PackedBitLinear, PackedBitLinearLRC
 from bitnet_arch.ptq.model import as_converted, check_epsilon, check_not_ternary, ternary_layers
-from bitnet_arch.ptq.quantizers import Method, Quantizer, master_weight, quantizer
+from bitnet_arch.ptq.quantizers import Method, dequantize, master_weight, quantizer
 from bitnet_arch.quant import quantize_weight
 
 
@@ -179,24 +179,23 @@ def _with_form(model: PreTrainedModel, rank: int | float, dtype: AdapterDtype) -
 
 
 def _solve(layer: BitLinear | PackedBitLinear, target: Tensor, found: Covariances, config: LRCConfig) -> Solution:
+    how = config.decomposition
+    rank = layer_rank(config.rank, layer.in_features, layer.out_features)
+    if config.quantizer == "keep":
+        codes, scale = _kept(layer)
+        ternary = dequantize(codes, scale)
+        u, v = fit_adapters(target, ternary, found, rank, how)
+        return Solution(codes=codes, scale=scale, u=u, v=v, errors=(relative_error(target, ternary, found, u, v),))
+    assert isinstance(layer, BitLinear)
     return alternate(
-        target,
-        found,
-        layer_rank(config.rank, layer.in_features, layer.out_features),
-        _keep(layer) if config.quantizer == "keep" else quantizer(config.quantizer),
-        layer.granularity if isinstance(layer, BitLinear) else "tensor",
-        steps=config.steps,
-        start=config.start,
-        how=config.decomposition,
+        target, found, rank, quantizer(config.quantizer), layer.granularity, steps=config.steps, start=config.start, how=how
     )
 
 
-def _keep(layer: BitLinear | PackedBitLinear) -> Quantizer:
+def _kept(layer: BitLinear | PackedBitLinear) -> tuple[Tensor, Tensor]:
     if isinstance(layer, PackedBitLinear):
-        kept = layer.codes(), layer.weight_scale if layer.weight_scale.ndim == 2 else layer.weight_scale.reshape(())
-    else:
-        kept = quantize_weight(layer.weight, layer.granularity)
-    return lambda weight, hessian, granularity: kept
+        return layer.codes(), layer.weight_scale if layer.weight_scale.ndim == 2 else layer.weight_scale.reshape(())
+    return quantize_weight(layer.weight, layer.granularity)
 
 
 def _corrected(layer: BitLinear | PackedBitLinear, solution: Solution, config: LRCConfig) -> BitLinearLRC | PackedBitLinearLRC:
