@@ -203,6 +203,7 @@ class PerSampleGradients:
                     raise UserError("a gradient is not finite: leave out the example, or check the model's weights")
                 out.append(_project(flat, projectors))
                 _counted(bar, flat)
+                del flat  # else it would live until the next chunk's is there: a copy more than `copies` says
         return Gradients(out.values(), layers)
 
     def mean(self, examples: Examples, groups: Tensor, count: int, **options: Any) -> Gradients:
