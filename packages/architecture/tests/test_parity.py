@@ -24,7 +24,8 @@ from bitnet_arch.parity import (
     tokenizer_check,
 )
 from bitnet_arch.parity.activations import round_q8_0, round_q8_k
-from bitnet_arch.parity.gate import FLOORS, _end_to_end_checks, stored_types
+from bitnet_arch.parity.gate import FLOORS, _end_to_end_checks, _Measured, _with_status, stored_types
+from bitnet_arch.parity.layerwise import LayerDifference
 from bitnet_arch.parity.proof import proof_status, source_digest
 from bitnet_arch.parity.report import at_least, at_most, widened
 from bitnet_arch.parity.stream import LayerStream
@@ -351,6 +352,25 @@ def test_an_undecided_packed_ratio_does_not_fail_a_model_and_the_control_fails_a
     control = run_gate(master, file, engine, windows, undecided, forwards=forwards)
     assert control.status == "failed"
     assert {"layers.output_error", "packed.mean_kl"} <= set(control.failed_checks())
+
+
+def test_margins_of_changed_choices_may_stay_open_and_mean_distances_may_not(master, file, windows):
+    """Figures as an engine has them on a model that rounding moves far: more than half of Q4_0's, less than rounding explains."""
+    engine = torch_engine(emulated_model(master, file))
+    report = run_gate(master, file, engine, windows, ParityBounds(min_positions=1))
+    assert report.status == "proven"
+
+    def judged(*names: str, holds: bool | None):
+        checks = [replace(check, holds=holds) if check.name in names else check for check in report.checks]
+        measured = _Measured([], LayerDifference(), report.checks[0], by_engine=True)
+        return _with_status(replace(report, checks=checks), read_gguf(file), measured, ParityBounds(min_positions=1))
+
+    margins = ("packed.greedy_margin", "training.flip_margin")
+    undecided = judged(*margins, holds=None)
+    assert undecided.status == "proven"
+    assert undecided.reason == f"rounding moves this model too far to decide {' and '.join(margins)}"
+    assert judged(*margins, "training.mean_kl", holds=None).status == "unproven"
+    assert judged(*margins, holds=False).status == "failed"
 
 
 # ---- tokens

@@ -1,5 +1,6 @@
 """The ways in which the gate computes one model, each as a frozen description, and the layers they are made of."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -176,6 +177,29 @@ class Forward:
     rounded_head: bool = False
     half_cache: bool = False
     noise_seed: int | None = None
+
+
+class Late(nn.Module):
+    """A quantised matrix's layer as a forward computes it, built when it is called: one matrix of a block at a time is float.
+
+    Attributes:
+        way: the forward.
+        matrix: the matrix.
+        record: given what enters the product, inside the dress; None if nobody asks.
+    """
+
+    def __init__(self, way: Forward, matrix: TernaryWeight, record: Callable[[Tensor], None] | None = None) -> None:
+        super().__init__()
+        self.way, self.matrix, self.record = way, matrix, record
+
+    def forward(self, x: Tensor) -> Any:
+        """Map `[..., in]` to `[..., out]` in x's dtype."""
+        layer, record = self.way.linear(self.matrix), self.record
+        if record is not None:
+            layer.register_forward_pre_hook(lambda _, inputs: record(inputs[0]))
+        if self.matrix.dress:
+            layer = Dressed(layer, copy.deepcopy(self.matrix.dress))  # its norm takes the forward's dtype
+        return layer.to(self.way.dtype)(x)
 
 
 def training_linear(weight: TernaryWeight) -> nn.Module:

@@ -14,8 +14,8 @@ cannot widen its own bounds.
 What the status says:
 
 * **failed**: a figure lies beyond its bound and beyond what rounding explains.
-* **proven**: an engine ran the file, on enough positions, and every figure lies within its bound. Only the two activation ratios
-  (`MAY_STAY_OPEN`) may be undecided; the reason then names them.
+* **proven**: an engine ran the file, on enough positions, and every figure lies within its bound. Only the activation ratios
+  and the margins of changed choices (`MAY_STAY_OPEN`, which says why) may be undecided; the reason then names them.
 * **unproven**: anything else, with the reason: no engine runs the file, too few positions, or a figure that rounding explains and a
   wrong weight type would explain, too (undecided).
 

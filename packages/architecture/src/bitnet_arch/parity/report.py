@@ -126,9 +126,13 @@ def _check(name: str, value: float, op: Literal["<=", ">="], bound: float, withi
     return Check(name, value if finite else None, op, bound if math.isfinite(bound) else 0.0, finite and within, note)
 
 
-MAY_STAY_OPEN = ("packed.activation_ratio", "engine.activation_ratio")
-"""Checks that a proven file may leave undecided. They ask whether activations are quantised at all: of packed layers, the codes on
-identical inputs say so (`layers.*`); of an engine, it says nothing of the file."""
+MAY_STAY_OPEN = ("packed.activation_ratio", "engine.activation_ratio", "packed.greedy_margin", "training.flip_margin")
+"""Checks that a proven file may leave undecided, because others answer what they ask.
+
+The ratios ask whether activations are quantised at all: of packed layers, the codes on identical inputs say so (`layers.*`); of an
+engine, it says nothing of the file. The margins are the largest of the few positions where two forwards choose another token; what
+sets a wrong weight type apart is the mean KL of the same two forwards, which may not stay open. A margin beyond what rounding
+explains is missed all the same."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from bitnet_arch.gguf.types import F16
 from bitnet_arch.norm import SubLN
 from bitnet_arch.packed import PackedBitLinear, PackedBitLinearLRC
 from bitnet_arch.parity.activations import BY_WEIGHT_TYPE
-from bitnet_arch.parity.forwards import Dress, Dressed, Forward, Perturbed, TernaryWeight, use_half_cache
+from bitnet_arch.parity.forwards import Dress, Forward, Late, Perturbed, TernaryWeight, use_half_cache
 from bitnet_arch.parity.layerwise import LayerDifference, compare_linear
 from bitnet_arch.stream import Call, is_complete, probe_blocks
 from bitnet_arch.weights import WeightReader
@@ -34,7 +35,8 @@ class LayerStream:
     model's own forward pass, run once with its blocks taken out; so every family of `bitnet_arch.families` whose blocks map hidden
     states to hidden states can be run.
 
-    Peak memory is one layer in its widest form, the head as the file stores it, and the hidden states.
+    Peak memory is one layer as the directory stores it beside one of its matrices in the widest form, or the head as the file
+    stores it; and the hidden states.
 
     Attributes:
         windows: int64 `[windows, time]`, each a context of its own.
@@ -81,23 +83,26 @@ class LayerStream:
             code_edge: see `compare_linear`.
             progress: called with (layers done, layers in all).
         """
-        found = LayerDifference()
-        layers = len(self._blocks())
+        found, layers = LayerDifference(), len(self._blocks())
         for index in range(layers):
-            weights = self._matrices(index)
-            for name in self.forwards:
-                layer = self._build(index, name, weights)
-                cores = {module: _core(layer.get_submodule(module)) for module in weights} if name == "training" else {}
-                recorded = _record_inputs(cores)
-                arguments, keywords = self._calls[self.forwards[name].dtype][index]
-                result = layer(self.hidden[name], *arguments, **keywords)
-                self.hidden[name] = result[0] if isinstance(result, tuple) else result
-                for module, inputs in recorded.items():
-                    candidate = self.forwards["packed"].linear(weights[module])
-                    label = f"{self._family.blocks}.{index}.{module}"
-                    found = found.merge(compare_linear(label, inputs, cores[module], candidate, code_edge))
+            found = found.merge(self._advance(index, code_edge))
             if progress:
                 progress(index + 1, layers)
+        return found
+
+    def _advance(self, index: int, code_edge: float) -> LayerDifference:
+        """Take every forward through one layer; nothing of the layer outlives the call."""
+        weights, recorded = self._matrices(index), dict[str, Tensor]()
+        for name, forward in self.forwards.items():
+            layer = self._build(index, name, weights, recorded if name == "training" else None)
+            arguments, keywords = self._calls[forward.dtype][index]
+            result = layer(self.hidden[name], *arguments, **keywords)
+            self.hidden[name] = result[0] if isinstance(result, tuple) else result
+        found = LayerDifference()
+        for module, inputs in recorded.items():
+            label = f"{self._family.blocks}.{index}.{module}"
+            reference, candidate = (self.forwards[name].linear(weights[module]) for name in ("training", "packed"))
+            found = found.merge(compare_linear(label, inputs, reference, candidate, code_edge))
         return found
 
     @torch.no_grad()
@@ -175,17 +180,20 @@ class LayerStream:
     def _matrix(self, name: str, module: nn.Module) -> TernaryWeight:
         source = f"{name}.weight"
         codes, scale = self.reader.ternary(source)
-        master = self.reader.get(source).float() if self.reader.form == "master" else None
+        master = self.reader.get(source) if self.reader.form == "master" else None
         bias = self.reader.get(f"{name}.bias").float() if f"{name}.bias" in self.reader else None
         kind = self.types.get(source, F16)
         return TernaryWeight(codes, scale, master, kind, bias, self.reader.granularity, _dress(self.reader, name, module))
 
-    def _build(self, index: int, name: str, weights: dict[str, TernaryWeight]) -> nn.Module:
+    def _build(
+        self, index: int, name: str, weights: dict[str, TernaryWeight], recorded: dict[str, Tensor] | None = None
+    ) -> nn.Module:
+        """Return a block as a forward computes it; what its ternary products read is kept in `recorded`, by their names."""
         forward = self.forwards[name]
         layer: nn.Module = copy.deepcopy(self._blocks()[index])
         for module, weight in weights.items():
-            linear = forward.linear(weight)
-            linear = (Dressed(linear, copy.deepcopy(weight.dress)) if weight.dress else linear).to(forward.dtype)
+            record = None if recorded is None else partial(recorded.__setitem__, module)
+            linear = Late(forward, weight, record)
             layer.set_submodule(module, Perturbed(linear, self._noise[name]) if name in self._noise else linear)
         inside = tuple(f"{module}." for module in weights)
         _load(layer, self.reader, f"{self._family.blocks}.{index}.", forward.dtype, inside)
@@ -213,21 +221,3 @@ def _load(module: nn.Module, reader: WeightReader, prefix: str, dtype: torch.dty
     names = [name for name, _ in module.named_parameters() if not without or not name.startswith(without)]
     values = {name: reader.get(prefix + name).to(dtype) for name in names}
     module.load_state_dict(values, strict=False, assign=True)
-
-
-def _core(module: nn.Module) -> nn.Module:
-    return module.core if isinstance(module, Dressed) else module
-
-
-def _record_inputs(cores: dict[str, nn.Module]) -> dict[str, Tensor]:
-    recorded: dict[str, Tensor] = {}
-
-    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            recorded[name] = inputs[0]
-
-        return record
-
-    for name, core in cores.items():
-        core.register_forward_pre_hook(recorder(name))
-    return recorded
