@@ -186,16 +186,16 @@ def test_streaming_computes_what_whole_models_do(form, model, master, windows, t
         stream.run(1e-4)
         for name, whole_model in whole.items():
             expected = torch_engine(whole_model).run(ids[1].tolist())
-            assert np.abs(stream.logprobs(name, 1, slice(None)) - expected).max() < 1e-4, name
-            part = stream.logprobs(name, 1, slice(3, 5))
-            assert np.allclose(part, stream.logprobs(name, 1, slice(None))[3:5], atol=1e-4)
+            assert np.abs(stream.logprobs([name], 1, slice(None))[name] - expected).max() < 1e-4, name
+            part = stream.logprobs([name], 1, slice(3, 5))[name]
+            assert np.allclose(part, stream.logprobs([name], 1, slice(None))[name][3:5], atol=1e-4)
 
 
 def test_forwards_differ_where_they_should(master, file, windows):
     with open_weights(master) as reader:
         stream = LayerStream(reader, stored_types(reader, read_gguf(file)), torch.tensor(windows)[:, :-1], FORWARDS)
         stream.run(1e-4)
-        rows = {name: stream.logprobs(name, 0, slice(None)) for name in FORWARDS}
+        rows = stream.logprobs(FORWARDS, 0, slice(None))
     for name in FORWARDS:
         distance = np.abs(rows[name] - rows["training"]).max()
         assert (distance == 0) == (name == "training"), name

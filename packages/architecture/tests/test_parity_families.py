@@ -140,7 +140,7 @@ def test_layers_of_every_family_are_computed_as_in_the_whole_model(family, train
         for name, model in whole.items():
             with torch.no_grad():
                 expected = model(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1).numpy()
-            assert np.abs(stream.logprobs(name, 0, slice(None)) - expected).max() < 1e-4, name
+            assert np.abs(stream.logprobs([name], 0, slice(None))[name] - expected).max() < 1e-4, name
 
 
 def test_sliding_layers_get_their_own_mask_and_rotary_table(trained, windows, tmp_path):
@@ -162,7 +162,7 @@ def test_sliding_layers_get_their_own_mask_and_rotary_table(trained, windows, tm
         with open_weights(tmp_path / name) as reader:
             stream = LayerStream(reader, {}, ids, {name: TRAINING[name] for name in ("training", "packed")})
             stream.run(1e-4)
-            rows[name] = stream.logprobs("training", 0, slice(None))
+            rows[name] = stream.logprobs(["training"], 0, slice(None))["training"]
     for name in changes:
         assert np.abs(rows[name] - rows["right"]).max() > 1e-2, name
 
@@ -378,7 +378,8 @@ def test_our_own_architecture_is_compared_without_an_engine(form, stored, window
         stream.run(1e-4)
         with torch.no_grad():
             expected = load_model(tmp_path / "m")(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1).numpy()
-        found = stream.logprobs("training" if stored == "master" else "packed", 0, slice(None))
+        name = "training" if stored == "master" else "packed"
+        found = stream.logprobs([name], 0, slice(None))[name]
         assert np.abs(found - expected).max() < 1e-4
     info = read_gguf(path).tensors["blk.1.ffn_down.weight"]
     assert fails(path, tmp_path, tmp_path / "m", windows, info.offset + 30).failed_checks() == ["bytes"]

@@ -88,7 +88,7 @@ EMBEDDING_PAIRS = {
 """What is compared, too or instead, when embeddings are quantised."""
 
 FLOORS = [name for name in PAIRS if name.startswith("floor: ") and PAIRS[name][0] == "training"]
-MAX_LOGPROBS = 1 << 21
+MAX_LOGPROBS = 1 << 19
 """Log-probabilities of one forward that are held at a time."""
 
 NEGLIGIBLE_KL = 1e-12
@@ -212,7 +212,7 @@ def _compare(
         step = max(1, MAX_LOGPROBS // vocabulary)
         for start in range(0, len(targets), step):
             rows = slice(start, start + step)
-            found = {name: stream.logprobs(name, index, rows) for name in stream.forwards}
+            found = stream.logprobs(stream.forwards, index, rows)
             if rows_of is not None:
                 found["engine"] = rows_of[rows]
             for name in parts:

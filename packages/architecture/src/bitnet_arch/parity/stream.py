@@ -1,7 +1,7 @@
 """Run a model directory in several ways at once, holding one decoder layer in memory at a time."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -106,23 +106,37 @@ class LayerStream:
         return found
 
     @torch.no_grad()
-    def logprobs(self, name: str, window: int, rows: slice) -> LogProbs:
-        """Return a finished forward's log-probabilities at some positions of a window, `[rows, vocabulary]`.
+    def logprobs(self, names: Iterable[str], window: int, rows: slice) -> dict[str, LogProbs]:
+        """Return finished forwards' log-probabilities at some positions of a window, `[rows, vocabulary]` each.
 
-        The head is applied in float32 in every forward: only an engine rounds its input, and only in some types.
+        The head is applied in float32 in every forward: only an engine rounds its input, and only in some types. Its pieces are
+        the same for all forwards, and read once.
         """
+        head, vocabulary = self._head_name(), int(self._skeleton.config.vocab_size)
+        states = {name: self._final_states(name, head, window, rows) for name in names}
+        logits = {name: torch.empty(len(found), vocabulary) for name, found in states.items()}
+        for stored in (False, True):
+            sharing = [name for name in states if self.forwards[name].stored_embedding == stored]
+            start = 0
+            for piece in self._head(head, stored) if sharing else ():
+                for name in sharing:
+                    logits[name][:, start : start + len(piece)] = F.linear(states[name], piece)
+                start += len(piece)
+        cap = getattr(self._skeleton.config, "final_logit_softcapping", None)
+        result: dict[str, LogProbs] = {}
+        for name in states:
+            found = logits.pop(name)
+            found = torch.tanh(found / cap) * cap if cap else found
+            result[name] = found.double().log_softmax(-1).numpy()
+        return result
+
+    def _final_states(self, name: str, head: str, window: int, rows: slice) -> Tensor:
+        """Return what a forward gives the head, float32 `[rows, width]`."""
         forward, family = self.forwards[name], self._family
         norm = copy.deepcopy(self._skeleton.get_submodule(family.final_norm))
         _load(norm, self.reader, f"{family.final_norm}.", forward.dtype)
-        states = norm(self.hidden[name][window][rows]).float()
-        head = self._head_name()
-        if forward.rounded_head:
-            states = BY_WEIGHT_TYPE[self.types.get(head, F16)](states)
-        logits = torch.cat([F.linear(states, rows) for rows in self._head(head, forward.stored_embedding)], dim=-1)
-        if cap := getattr(self._skeleton.config, "final_logit_softcapping", None):
-            logits = torch.tanh(logits / cap) * cap
-        result: LogProbs = logits.double().log_softmax(-1).numpy()
-        return result
+        states: Tensor = norm(self.hidden[name][window][rows]).float()
+        return BY_WEIGHT_TYPE[self.types.get(head, F16)](states) if forward.rounded_head else states
 
     def _blocks(self) -> list[nn.Module]:
         return list(self._skeleton.get_submodule(self._family.blocks).children())
