@@ -9,9 +9,9 @@ tensor by tensor and deleted afterwards. Each case runs in a process of its own.
 has, in pieces of 32 MiB, in the same process and before the case: both find the source in the page cache if it fits.
 
 What a case may hold above the Python baseline: 300 MiB and the largest tensor where nothing is calibrated, else embedding, one
-block and activations. The methods that solve a layer hold a block's covariances besides, and in float64 several matrices of the
-size of the layer or of its covariance; the gate holds a layer in float64 beside its codes. These are shown and not judged;
-the gate, run with an engine that knows nothing, says nothing of the file.
+block in float32 and activations. The methods that solve a layer hold a block's covariances besides, and in float64 several matrices
+of the size of the layer or of its covariance: these are shown and not judged. The gate, run with an engine that knows nothing, says
+nothing of the file.
 """
 
 import json
@@ -59,7 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
     "packed, LRC of rank 16 for absmean": {"run": "lrc", "packed": True, "holds": None},
     "export master": {"run": "export", "from": "master, gain 1"},
     "export packed": {"run": "export", "from": "packed, gain 1"},
-    "gate without an engine": {"run": "gate", "from": "packed, gain 1", "holds": None},
+    "gate without an engine": {"run": "gate", "from": "packed, gain 1", "holds": "block"},
 }
 """What is run on what: a source directory, or what another case makes of it. "holds" says what else than the largest tensor may be
 in memory (None: no bar)."""
@@ -233,8 +233,8 @@ def measure(name: str, case: str, source: Path, folder: Path, arguments: Any) ->
             out.unlink()
     out.unlink(missing_ok=True)
     found = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-    largest, calibrating, _ = limits(run_on, arguments.tokens)
-    billions = limits(source, 0)[2]  # a packed directory has bytes, not parameters
+    largest = limits(run_on, arguments.tokens)[0]
+    _, calibrating, billions = limits(source, arguments.tokens)  # a packed directory has bytes, not parameters
     row = {
         "model": name,
         "case": case,
