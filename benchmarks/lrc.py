@@ -77,10 +77,7 @@ def salient(subject: Subject, share: float) -> PreTrainedModel:
     def visit(block: Block) -> None:
         set_lambda(block.module, 0.0)
         names = [name for name in subject.names if name.startswith(block.prefix)]
-        hessians = block.hessians(names)
-        for found in {id(found): found for found in hessians.values()}.values():  # layers share them
-            found.regularize(0.01)
-        for name, found in hessians.items():
+        for name, found in block.hessians(names, 0.01).items():
             layer = model.get_submodule(name)
             model.set_submodule(name, SalientColumns(layer.weight, layer.bias, found.syy, share))  # type: ignore[arg-type]
 

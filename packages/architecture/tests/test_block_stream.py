@@ -23,7 +23,7 @@ from bitnet_arch.lrc.model import LRCConfig, add_lrc
 from bitnet_arch.ptq.directory import quantize_directory
 from bitnet_arch.ptq.model import quantize_model
 from bitnet_arch.stream import convert_directory
-from bitnet_arch.testing import tiny_llama, tiny_tokenizer
+from bitnet_arch.testing import SMALL_SHAPE, random_model, tiny_llama, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import (
     Gemma3ForCausalLM,
@@ -36,17 +36,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-SHAPE = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": None,
-}
+SHAPE = SMALL_SHAPE
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
 MAKERS = {
     "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)),
@@ -65,13 +55,7 @@ ROWS = [torch.randint(0, 128, (2, n), generator=torch.Generator().manual_seed(n)
 
 
 def make(family):
-    torch.manual_seed(0)
-    model = MAKERS[family]().float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return random_model(MAKERS[family])
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from bitnet_arch import (
 from bitnet_arch.hadamard import rotate
 from bitnet_arch.modeling import form_of
 from bitnet_arch.quant import absmean_scale, expand_scale
+from bitnet_arch.testing import SMALL_SHAPE, random_model, softened
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -47,17 +48,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-SHAPE = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": None,
-}
+SHAPE = SMALL_SHAPE
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
 MAKERS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True)),
@@ -77,13 +68,7 @@ IDS = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
 def make(family):
-    torch.manual_seed(0)
-    model = MAKERS[family]().float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return random_model(MAKERS[family])
 
 
 @torch.no_grad()
@@ -96,7 +81,7 @@ def logits(model):
 def test_a_form_survives_saving_and_loading(family, form, tmp_path):
     model = make(family)
     plain = logits(model)
-    converted = convert_model(model, ConversionConfig(**FORMS[form], softness=1e6), [IDS])
+    converted = convert_model(model, softened(**FORMS[form]), [IDS])
     expected = logits(converted)
     assert form_of(converted.config) == TernaryForm(**FORMS[form])
     # Without quantisation, and with norms softened until they do nothing, a conversion changes nothing: rotations cancel, and
@@ -192,7 +177,7 @@ def test_a_family_of_the_users_own_takes_a_description(kind, norm, tmp_path):
     register_family(kind, family)  # twice is once
     model = maker().eval()
     plain = logits(model)
-    converted = convert_model(model, ConversionConfig(norm=norm, softness=1e6), [IDS])
+    converted = convert_model(model, softened(norm), [IDS])
     assert len(list(bitlinear_layers(converted))) == 2 * len(family.linears)
     expected = logits(converted)
     set_lambda(converted, 0.0)

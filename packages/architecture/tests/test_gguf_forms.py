@@ -18,7 +18,7 @@ from bitnet_arch import (
 )
 from bitnet_arch.gguf import export_gguf, from_gguf, read_gguf, tokenizer_from_gguf
 from bitnet_arch.modeling import form_of, ternary_config
-from bitnet_arch.testing import tiny_bitnet, tiny_tokenizer
+from bitnet_arch.testing import random_model, softened, tiny_bitnet, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -83,13 +83,8 @@ IDS = torch.randint(0, 512, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
 def make(family):
-    torch.manual_seed(0)
-    model = MAKERS[family]().float().eval()
+    model = random_model(MAKERS[family])
     model.config._attn_implementation = "eager"
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 
 
@@ -114,7 +109,7 @@ def as_stored(directory):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", MAKERS)
 def test_a_file_gives_back_the_model(family, form, tmp_path):
-    converted = convert_model(make(family), ConversionConfig(**FORMS[form], softness=1e6), [IDS])
+    converted = convert_model(make(family), softened(**FORMS[form]), [IDS])
     save_packed(converted, tmp_path / "m", tiny_tokenizer())
     report = export_gguf(tmp_path / "m", tmp_path / "out.gguf", architecture="wrinklefree")
     assert report.architecture == "wrinklefree"

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import json
-import pydoc_data.topics
 from dataclasses import asdict
 
 import pytest
@@ -43,7 +42,7 @@ from bitnet_arch.modeling import form_of
 from bitnet_arch.norm import SubLN
 from bitnet_arch.packed import PackedBitLinearLRC
 from bitnet_arch.ptq.quantizers import absmean, dequantize, gptq, least_squares
-from bitnet_arch.testing import tiny_bitnet, tiny_llama, tiny_tokenizer, train_tiny
+from bitnet_arch.testing import SMALL_SHAPE, mean_nll, tiny_bitnet, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -94,17 +93,7 @@ def test_sums_keep_what_float32_would_lose():
     assert float(sum((torch.tensor(v).square() for v in [0.5] * 64), torch.tensor(4096.0**2))) == 4096.0**2  # the control
 
 
-SHAPE = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": None,
-}
+SHAPE = SMALL_SHAPE
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
 MAKERS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True)),
@@ -162,6 +151,19 @@ def test_blocks_see_what_they_see_in_the_whole_model(family, form):
             torch.testing.assert_close(getattr(streamed[name], key), getattr(direct[name], key), rtol=1e-4, atol=1e-4)
     shared = streamed[names[0]] is streamed[names[1]]
     assert shared == (form != "allnorm-groups")  # with a norm in each layer they read different tensors
+
+
+def test_layers_that_share_their_inputs_are_damped_once():
+    model, found = converted(), {}
+
+    def visit(block):
+        names = [name for name in quantized_names(model) if name.startswith(block.prefix)]
+        found.update({(name, share): sums for share in (0.0, 0.5) for name, sums in block.hessians(names, share).items()})
+
+    run_blocks(model, [IDS], visit)
+    for name in quantized_names(model):
+        plain, damped = found[name, 0.0].syy, found[name, 0.5].syy
+        assert torch.allclose(damped - plain, 0.5 * plain.trace() / len(plain) * torch.eye(len(plain), dtype=torch.float64)), name
 
 
 def test_the_model_is_whole_again_after_an_error_in_a_visit():
@@ -525,35 +527,21 @@ def test_a_stock_subln_model_and_one_without_a_correction_keep_their_ways(tmp_pa
     assert torch.equal(logits(load_model(tmp_path / "old")), logits(converted(form="allnorm-groups")))
 
 
-@pytest.fixture(scope="module")
-def trained():
-    topics = pydoc_data.topics.topics
-    text = "\n".join(topics[key] for key in sorted(topics))
-    ids = torch.tensor(tiny_tokenizer()(text[:60_000]).input_ids)
-    state = train_tiny(tiny_llama(hidden=64, ffn=192), steps=300).state_dict()
-    return state, ids[:1024].view(8, 128), ids[4096:6144].view(16, 128), ids[6144:]
-
-
 def fresh(state):
     model = tiny_llama(hidden=64, ffn=192)
     model.load_state_dict(state)
     return model
 
 
-@torch.no_grad()
-def nll(model, ids):
-    return F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
-
-
 def test_a_trained_model_comes_back_with_the_rank(trained):
     state, calibration, heldout, _ = trained
-    original = nll(fresh(state), heldout)
+    original = mean_nll(fresh(state), heldout)
     found, layers = [], []
     for rank in (1, 8, 24, 64):
         model = add_lrc(fresh(state), [calibration], LRCConfig(rank=rank), on_layer=lambda name, _: layers.append(name))
         assert layers == quantized_names(model)
         layers.clear()
-        found.append(nll(model, heldout))
+        found.append(mean_nll(model, heldout))
     assert found[0] > found[1] > found[2] > found[3]
     assert found[0] > original + 0.05
     assert found[3] < original + 0.02  # of the full rank there is nothing left to correct
@@ -592,7 +580,7 @@ def test_ternary_weights_can_be_kept_also_packed_ones(trained):
     floats = {name: layer.weight.detach().clone() for name, layer in bitlinear_layers(master)}
     codes = {name: quantize_weight(weight)[0] for name, weight in floats.items()}
     packed = pack_model(copy.deepcopy(master))
-    bare = nll(packed, heldout)
+    bare = mean_nll(packed, heldout)
     with pytest.raises(UserError, match="is packed: pass its float weights"):
         add_lrc(packed, [calibration], LRCConfig(rank=8, quantizer="keep"))
     with pytest.raises(UserError, match=r"weights has no model\.layers\.0"):
@@ -601,9 +589,9 @@ def test_ternary_weights_can_be_kept_also_packed_ones(trained):
     for name, layer in corrected.named_modules():
         if isinstance(layer, PackedBitLinearLRC):
             assert torch.equal(layer.codes(), codes[name]), name
-    assert nll(corrected, heldout) < bare - 0.1
+    assert mean_nll(corrected, heldout) < bare - 0.1
     kept = add_lrc(master, [calibration], LRCConfig(rank=8, quantizer="keep"))
-    assert nll(kept, heldout) == pytest.approx(nll(corrected, heldout), abs=0.02)
+    assert mean_nll(kept, heldout) == pytest.approx(mean_nll(corrected, heldout), abs=0.02)
     with pytest.raises(UserError, match="has a low-rank correction already"):
         start_lrc(kept, 4)
     half = convert_model(fresh(state), ConversionConfig(norm="none"))
@@ -618,7 +606,7 @@ def test_adapters_learn_end_to_end_and_the_base_stays(trained, packed):
     torch.manual_seed(0)
     model = convert_model(fresh(state), ConversionConfig(norm="none"))
     model = start_lrc(pack_model(model) if packed else model, 8)
-    bare = nll(model, heldout)
+    bare = mean_nll(model, heldout)
     others = {name: p.detach().clone() for name, p in model.state_dict().items() if ".lrc_" not in name}
     optimizer = torch.optim.AdamW(adapter_parameters(model), 5e-3)
     for _ in range(100):
@@ -627,7 +615,7 @@ def test_adapters_learn_end_to_end_and_the_base_stays(trained, packed):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert nll(model, heldout) < bare - 0.3
+    assert mean_nll(model, heldout) < bare - 0.3
     for name, tensor in model.state_dict().items():
         assert ".lrc_" in name or torch.equal(tensor, others[name]), name
 

@@ -62,4 +62,4 @@ def test_an_unknown_family_is_refused_under_either_norm():
     model = MistralForCausalLM(MistralConfig(**SHAPE))
     for norm in ("none", "subln"):
         with pytest.raises(UserError, match="'mistral' cannot be converted"):
-            convert_model(model, ConversionConfig(norm=norm, gain="one"))
+            convert_model(model, ConversionConfig(norm=norm))

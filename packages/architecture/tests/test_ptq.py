@@ -32,10 +32,9 @@ from bitnet_arch.ptq.quantizers import (
     quantizer,
 )
 from bitnet_arch.quant import absmean_scale, expand_scale
-from bitnet_arch.testing import tiny_llama, tiny_tokenizer, train_tiny
+from bitnet_arch.testing import mean_nll, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 GRANULARITIES = ("tensor", "row", "group128")
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -152,47 +151,33 @@ def test_a_hessian_that_is_not_definite_and_unknown_methods_are_refused():
 # -------------------------------------------------------------------------------------------------------- whole models
 
 
-@pytest.fixture(scope="module")
-def trained():
-    topics = pydoc_data.topics.topics
-    text = "\n".join(topics[key] for key in sorted(topics))
-    ids = torch.tensor(tiny_tokenizer()(text[:60_000]).input_ids)
-    state = train_tiny(tiny_llama(hidden=64, ffn=192), steps=300).state_dict()
-    return state, ids[:1024].view(8, 128), ids[4096:6144].view(16, 128)
-
-
 def fresh(state):
     model = tiny_llama(hidden=64, ffn=192)
     model.load_state_dict(state)
     return model
 
 
-@torch.no_grad()
-def nll(model, ids):
-    return F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
-
-
 def test_a_trained_model_loses_less_the_more_its_quantiser_looks_at(trained):
-    state, calibration, heldout = trained
-    original = nll(fresh(state), heldout)
+    state, calibration, heldout, _ = trained
+    original = mean_nll(fresh(state), heldout)
     found = {}
     for method in QUANTIZERS:
         rows = None if method == "absmean" else [calibration]
         model = quantize_model(fresh(state), method, rows)
         assert all(float(layer.quant_lambda) == 1.0 for _, layer in bitlinear_layers(model))
-        found[method] = nll(model, heldout)
-    found["rows"] = nll(
+        found[method] = mean_nll(model, heldout)
+    found["rows"] = mean_nll(
         quantize_model(convert_model(fresh(state), ConversionConfig(norm="none", granularity="row")), "gptq", [calibration]),
         heldout,
     )
-    found["weights alone"] = nll(quantize_model(fresh(state), "least_squares"), heldout)
+    found["weights alone"] = mean_nll(quantize_model(fresh(state), "least_squares"), heldout)
     assert found["absmean"] > found["weights alone"] + 0.3
     assert found["weights alone"] > found["least_squares"] > found["gptq_act_order"] > original
     assert found["weights alone"] > found["gptq"] > found["rows"] > original
 
 
 def test_absmean_is_the_conversion_and_weights_alone_need_no_calibration(trained):
-    state, calibration, _ = trained
+    state, calibration, *_ = trained
     one = quantize_model(fresh(state), "absmean")
     two = convert_model(fresh(state), ConversionConfig(norm="none"))
     with torch.no_grad():
@@ -204,7 +189,7 @@ def test_absmean_is_the_conversion_and_weights_alone_need_no_calibration(trained
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_a_quantised_model_packs_and_loads_as_it_is(trained, granularity, tmp_path):
-    state, calibration, _ = trained
+    state, calibration, *_ = trained
     model = quantize_model(
         convert_model(fresh(state), ConversionConfig(norm="none", granularity=granularity)), "gptq", [calibration]
     )
@@ -219,7 +204,7 @@ def test_a_quantised_model_packs_and_loads_as_it_is(trained, granularity, tmp_pa
 
 
 def test_a_block_is_fitted_to_what_the_quantised_blocks_before_it_hand_over(trained):
-    state, calibration, _ = trained
+    state, calibration, *_ = trained
     result = quantize_model(fresh(state), "gptq", [calibration])
     name = "model.layers.1.self_attn.q_proj"
 
@@ -259,7 +244,7 @@ def test_what_is_ternary_already_is_refused(method, granularity):
 
 
 def test_what_has_no_effect_or_no_meaning_is_refused(trained):
-    state, calibration, _ = trained
+    state, calibration, *_ = trained
     with pytest.raises(UserError, match="gptq needs calibration"):
         quantize_model(fresh(state), "gptq")
     with pytest.raises(UserError, match="no effect"):
@@ -282,9 +267,9 @@ def test_a_pretrained_smollm2_is_destroyed_by_every_method_yet_in_order():
     topics = pydoc_data.topics.topics
     ids = torch.tensor(load_tokenizer(source.path)("\n".join(topics[key] for key in sorted(topics))).input_ids)
     calibration, heldout = ids[:2048].view(4, 512), ids[40_000:42_048].view(4, 512)
-    absmean_nll = nll(quantize_model(load_float_model(source), "absmean"), heldout)
-    gptq_nll = nll(quantize_model(load_float_model(source), "gptq", [calibration]), heldout)
+    absmean_nll = mean_nll(quantize_model(load_float_model(source), "absmean"), heldout)
+    gptq_nll = mean_nll(quantize_model(load_float_model(source), "gptq", [calibration]), heldout)
     groups = convert_model(load_float_model(source), ConversionConfig(norm="none", granularity="group128"))
-    groups_nll = nll(quantize_model(groups, "gptq", [calibration]), heldout)
-    assert nll(load_float_model(source), heldout) < 2.9
+    groups_nll = mean_nll(quantize_model(groups, "gptq", [calibration]), heldout)
+    assert mean_nll(load_float_model(source), heldout) < 2.9
     assert absmean_nll > 16 > gptq_nll > groups_nll > 8

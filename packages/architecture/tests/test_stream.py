@@ -23,7 +23,7 @@ from bitnet_arch.__main__ import main
 from bitnet_arch.shards import ShardFile, ShardWriter, TensorSpec, assign_shards, row_pieces
 from bitnet_arch.stream import convert_directory, measure_stream
 from bitnet_arch.subln import measure_inputs
-from bitnet_arch.testing import tiny_bitnet, tiny_llama, tiny_tokenizer
+from bitnet_arch.testing import SMALL_SHAPE, random_model, tiny_bitnet, tiny_llama, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -41,17 +41,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-SHAPE = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": None,
-}
+SHAPE = SMALL_SHAPE
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
 ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -87,13 +77,7 @@ ROWS = [torch.randint(0, 128, (1, n), generator=torch.Generator().manual_seed(n)
 
 
 def make(family):
-    torch.manual_seed(0)
-    model = MAKERS[family]().float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return random_model(MAKERS[family])
 
 
 def contents(directory):

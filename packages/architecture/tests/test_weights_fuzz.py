@@ -54,13 +54,28 @@ def test_mutations_reach_every_stage(directories, contents):
     assert refused["load"] > 2
 
 
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
+
+
+def test_fuzzing_leaves_its_corpus_alone(tmp_path):
+    write_directories(tmp_path)
+    before = files(tmp_path)
+    assert sum(fuzz_directories(tmp_path, 1).values()) > 1
+    assert files(tmp_path) == before
+
+
 def test_a_bug_would_be_found_and_the_directory_kept(tmp_path, monkeypatch):
     write_directories(tmp_path)
+    before = files(tmp_path)
     monkeypatch.setattr("bitnet_arch.weights.WeightReader._matrix_shape", lambda self, name: self.missing)
     with pytest.raises(AttributeError):
         fuzz_directories(tmp_path, 20)
+    with pytest.raises(AttributeError):  # an earlier finding is no part of the corpus
+        fuzz_directories(tmp_path, 20, seed=1)
     monkeypatch.undo()
     try_directory(tmp_path / "crash")
+    assert {name: data for name, data in files(tmp_path).items() if not name.startswith("crash/")} == before
 
 
 def changed(directory, tmp_path, **tensors):

@@ -11,9 +11,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from bitnet_arch.checkpoint import load_tokenizer
+from bitnet_arch.checkpoint import check_head, load_tokenizer
 from bitnet_arch.convert import ConversionConfig
 from bitnet_arch.errors import UserError
+from bitnet_arch.families import FAMILIES, PREFIX
 from bitnet_arch.hub import write_model_card
 from bitnet_arch.lrc.adapters import AdapterDtype
 from bitnet_arch.lrc.directory import lrc_directory
@@ -171,6 +172,8 @@ def _calibration_text(path: Path | None) -> str:
 
 def _info(arguments: argparse.Namespace) -> None:
     with open_weights(arguments.directory) as reader:
+        family = FAMILIES.get(reader.config["model_type"].removeprefix(PREFIX))  # of others, too, it can be said what they hold
+        check_head(reader, family.head if family else "lm_head")
         result = {
             "model_type": reader.config["model_type"],
             "form": reader.form,

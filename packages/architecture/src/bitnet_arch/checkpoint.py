@@ -4,7 +4,8 @@
 """
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -27,7 +28,7 @@ from bitnet_arch.directories import write_directory
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import family_of, quantized_names
 from bitnet_arch.modeling import form_of
-from bitnet_arch.norm import SubLN
+from bitnet_arch.norm import SubLN, check_epsilon
 from bitnet_arch.packed import PackedBitLinear, PackedBitLinearLRC
 from bitnet_arch.packing import pack_codes
 from bitnet_arch.quant import quantize_weight
@@ -112,12 +113,13 @@ def check_layers(model: PreTrainedModel, reader: WeightReader) -> None:
         reader: the directory.
 
     Raises:
-        UserError: for a head that should be ternary, a layer that should not, types of tensors that the configuration denies, or a
-            tied head that is not the embedding.
+        UserError: for a head that should be ternary, a layer that should not, types of tensors that the configuration denies or
+            that are no weights (float8 needs a scale that is not read), a tensor that nothing asks for, an epsilon that no norm can
+            have, or a tied head that is not the embedding.
     """
     where, family = f"{reader.directory}/config.json", family_of(model.config)
     names = quantized_names(model)
-    check_converted(reader.config, names, family.head, where)
+    check_head(reader, family.head, names)
     for name in names:
         bytes_found = reader.spec(f"{name}.weight").dtype == torch.uint8
         scaled = f"{name}.weight_scale" in reader
@@ -128,15 +130,84 @@ def check_layers(model: PreTrainedModel, reader: WeightReader) -> None:
             raise UserError(
                 f"{where} says that weights are packed, and {name} has no weight_scale: restore the file that was changed"
             )
+    _check_tensors(model, reader, names)
     head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
-    if f"{family.head}.weight_scale" in reader or (head in reader and not reader.spec(head).dtype.is_floating_point):
-        raise UserError(f"{reader.directory} has a ternary {family.head}, and heads stay float: save the model with a float head")
     if model.config.tie_word_embeddings and head in reader:
         same = reader.spec(head).shape == reader.spec(embedding).shape and all(
             torch.equal(a, b) for a, b in zip(reader.pieces(head), reader.pieces(embedding), strict=True)
         )
         if not same:
             raise UserError(f"{where} ties the head to the embedding, and {head} is another tensor: correct tie_word_embeddings")
+
+
+def check_head(reader: WeightReader, head: str, names: Iterable[str] = ()) -> None:
+    """Refuse a directory whose words or tensors make the head ternary, or whose words leave a ternary layer float.
+
+    Args:
+        reader: the directory.
+        head: the output layer's name.
+        names: the layers that are ternary.
+
+    Raises:
+        UserError: naming the layer.
+    """
+    check_converted(reader.config, names, head, f"{reader.directory}/config.json")
+    weight = f"{head}.weight"
+    if f"{head}.weight_scale" in reader or (weight in reader and not reader.spec(weight).dtype.is_floating_point):
+        raise UserError(f"{reader.directory} has a ternary {head}, and heads stay float: save the model with a float head")
+
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""What a float tensor of a directory can be: of narrower types, values are meant to be multiplied by a scale."""
+
+
+def _check_tensors(model: PreTrainedModel, reader: WeightReader, names: list[str]) -> None:
+    """Refuse stored tensors that the skeleton has not, floats that are none, and epsilons that no norm has."""
+    asked = set(model.state_dict())
+    if model.config.tie_word_embeddings:
+        asked.add(f"{family_of(model.config).head}.weight")
+    codes = {f"{name}.weight" for name in names} if reader.form == "packed" else set()
+    scales = {f"{name}.weight_scale" for name in names}  # who may have them has been checked
+    strengths = {f"{name}.{LAMBDA_KEY}" for name in names} if reader.form == "master" else set()
+    ignored = ignored_tensors(model)
+    stored = reader.keys()
+    for name in stored:
+        if name in codes or name in scales:
+            continue
+        if name not in asked and name not in strengths:
+            if ignored is not None and ignored.search(name):
+                continue
+            raise UserError(
+                f"{reader.directory} holds the tensor {name!r:.120}, which its config.json does not ask for: correct config.json, "
+                "or take the tensor out"
+            )
+        spec = reader.spec(name)
+        if spec.dtype not in FLOATS:
+            found, known = _short(spec.dtype), ", ".join(map(_short, FLOATS))
+            raise UserError(
+                f"{reader.directory}: tensor {name!r} is {found}, and floats are read as {known}: dequantise the model, "
+                "or save it in one of them"
+            )
+        if name.endswith(".in_norm.eps") and spec.shape == ():
+            check_epsilon(f"{reader.directory}: {name}", float(reader.get(name)))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def ignored_tensors(model: PreTrainedModel) -> re.Pattern[str] | None:
+    """Return what stock `transformers` skips in a checkpoint without a word: what older versions stored and models compute.
+
+    Source: `PreTrainedModel._adjust_missing_and_unexpected_keys`.
+    """
+    patterns = set(model._keys_to_ignore_on_load_unexpected or ())
+    computed = [name for name, _ in model.named_buffers()]
+    if any(name.endswith("rotary_emb.inv_freq") for name in computed):
+        patterns.add(r"rotary_emb\.inv_freq")
+    if any(name.endswith("position_ids") for name in computed):
+        patterns.add(r"(^|\.)position_ids$")
+    return re.compile("|".join(f"({pattern})" for pattern in sorted(patterns))) if patterns else None
 
 
 @torch.no_grad()
@@ -160,7 +231,8 @@ def _fill(model: PreTrainedModel, reader: WeightReader, dtype: torch.dtype) -> N
         layer = PackedBitLinear(*reader.ternary(f"{name}.weight"), reader.get(bias).to(dtype) if bias in reader else None)
         model.set_submodule(name, layer)
     if packed:
-        model.config.quantization_config = quantization_block("autobitlinear", "offline")  # what the layers hold multiplies
+        head = family_of(model.config).head
+        model.config.quantization_config = quantization_block("autobitlinear", "offline", head)  # what the layers hold multiplies
     for name, _ in model.named_parameters():
         state[name] = reader.get(name).to(dtype)
     for name, module in model.named_modules():
@@ -280,7 +352,7 @@ def save_master(
     """
     state = {name: t for name, t in _own_tensors(model) if not name.endswith(f".{LAMBDA_KEY}")}
     quantized = any(isinstance(m, BitLinear) for m in model.modules()) and form_of(model.config) is None
-    block = quantization_block("autobitlinear", "online") if quantized else None
+    block = quantization_block("autobitlinear", "online", family_of(model.config).head) if quantized else None
     _write(model, directory, state, block, Companions.of(model, tokenizer, provenance), max_shard_size)
 
 
@@ -331,7 +403,7 @@ def save_packed(
         state[f"{name}.weight_scale"] = stored_scale(scale, "autobitlinear" if own else linear_class)
     if not found:
         raise UserError("the model has no ternary layers to pack: convert it first")
-    block = None if own else quantization_block(linear_class, "offline")
+    block = None if own else quantization_block(linear_class, "offline", family_of(model.config).head)
     _write(model, directory, state, block, Companions.of(model, tokenizer, provenance), max_shard_size, packed=True)
 
 

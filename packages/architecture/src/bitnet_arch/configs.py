@@ -25,6 +25,8 @@ SIZES = (
     "max_position_embeddings",
 )
 LARGEST_SIZE = 2**31 - 1
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+"""Under which names configurations have the epsilon of a model's norms."""
 
 LinearClass = Literal["bitlinear", "autobitlinear"]
 QuantizationMode = Literal["online", "offline"]
@@ -93,10 +95,13 @@ def check_shape(config: PreTrainedConfig, where: str = "the configuration") -> N
         where: what the sentence names.
 
     Raises:
-        UserError: for a size that is no number of at least 1, heads that cannot share the width or the keys, or a width of heads
-            or a base that rotary positions cannot have.
+        UserError: for a size that is no number of at least 1, an epsilon that no norm can have, heads that cannot share the width
+            or the keys, or a width of heads or a base that rotary positions cannot have.
     """
     _check_sizes({name: getattr(config, name, None) for name in SIZES}, where)
+    for name in EPSILONS:
+        if (value := getattr(config, name, None)) is not None and not is_epsilon(value):
+            raise UserError(f"{where} gives {name} as {value!r:.40}: it must be a number of at least 0")
     rope = getattr(config, "rope_parameters", None)
     if not isinstance(rope, dict):
         return
@@ -118,6 +123,11 @@ def check_shape(config: PreTrainedConfig, where: str = "the configuration") -> N
         raise UserError(f"{where} gives rope_theta as {base!r:.40}: it must be a number above 0")
 
 
+def is_epsilon(value: Any) -> bool:
+    """Whether a norm can have this epsilon: a finite number of at least 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
 def _check_sizes(values: Mapping[str, Any], where: str) -> None:
     for name in SIZES:
         value = values.get(name)
@@ -125,15 +135,21 @@ def _check_sizes(values: Mapping[str, Any], where: str) -> None:
             raise UserError(f"{where} gives {name} as {value!r:.40}: it must be a whole number from 1 to {LARGEST_SIZE}")
 
 
-def quantization_block(linear_class: LinearClass, mode: QuantizationMode) -> dict[str, Any]:
-    """Return the `quantization_config` that stock `transformers` understands."""
+def quantization_block(linear_class: LinearClass, mode: QuantizationMode, head: str) -> dict[str, Any]:
+    """Return the `quantization_config` that stock `transformers` understands.
+
+    Args:
+        linear_class: the layers that stock `transformers` puts in.
+        mode: whether weights are float ("online") or packed ("offline").
+        head: the family's output layer, which stays float.
+    """
     return {
         "quant_method": "bitnet",
         "linear_class": linear_class,
         "quantization_mode": mode,
         "use_rms_norm": False,
         "rms_norm_eps": 1e-6,
-        "modules_to_not_convert": ["lm_head"],
+        "modules_to_not_convert": [head],
     }
 
 

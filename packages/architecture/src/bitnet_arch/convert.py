@@ -11,17 +11,18 @@ without added norms stays what it is. Everything else becomes a model in our own
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, BitNetConfig, LlamaConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from bitnet_arch.bitlinear import BitLinear
+from bitnet_arch.calibration import check_calibration
 from bitnet_arch.configs import check_shape, quantization_block
 from bitnet_arch.errors import UserError
-from bitnet_arch.families import family_of, norm_epsilon, quantized_names
+from bitnet_arch.families import checked_names, family_of, linear_layer, norm_epsilon, quantized_names
 from bitnet_arch.hadamard import block_size, rotate
 from bitnet_arch.modeling import Placement, TernaryForm, form_of, normed_layers, ternary_config
 from bitnet_arch.quant import Granularity, absmean_scale, expand_scale
@@ -36,6 +37,9 @@ from bitnet_arch.subln import (
     soften,
 )
 
+SOFTNESS = 0.1
+"""Softness unless another is asked for."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionConfig:
@@ -47,20 +51,20 @@ class ConversionConfig:
             block's pre-norms, whose gains move into the layers (placement A of the b1.58 paper). "none" only makes linear layers
             ternary.
         gain: initial gain of an inserted norm: "calibrated" measures it on calibration tokens (for pretrained weights), "one"
-            starts at 1 (for random weights). Without effect where no norm is inserted.
+            starts at 1 (for random weights). Refused where no norm is inserted.
         softness: with calibrated gains, the norms' effective epsilon as a multiple of the largest mean square seen in
-            calibration; 0 inserts a plain norm, large values approach the identity. See `bitnet_arch.subln`. Without effect where
-            nothing is calibrated.
+            calibration; 0 inserts a plain norm, large values approach the identity. See `bitnet_arch.subln`. Refused where nothing
+            is calibrated.
         granularity: how many weights share a scale: "tensor", "row" or "group128".
         rotation: rotate the inputs of `o_proj` and `down_proj` (BitNet v2), see `bitnet_arch.hadamard`.
 
     Raises:
-        UserError: for an unknown choice.
+        UserError: for an unknown choice, or one without effect: a gain or softness other than the default.
     """
 
     norm: Placement = "subln"
     gain: Literal["calibrated", "one"] = "calibrated"
-    softness: float = 0.1
+    softness: float = SOFTNESS
     granularity: Granularity = "tensor"
     rotation: bool = False
 
@@ -71,6 +75,11 @@ class ConversionConfig:
             raise UserError(f"unknown gain {self.gain!r}: choose calibrated or one")
         if not 0.0 <= self.softness < float("inf"):
             raise UserError(f"softness must be a finite number of at least 0, not {self.softness}")
+        given = [name for name, value in (("gain", "calibrated"), ("softness", SOFTNESS)) if getattr(self, name) != value]
+        if self.norm == "none" and given:
+            raise UserError(f"{given[0]}={getattr(self, given[0])!r} has no effect with norm='none': leave one of them out")
+        if self.gain == "one" and "softness" in given:
+            raise UserError(f"softness={self.softness!r} has no effect with gain='one': leave one of them out")
         self.form()
 
     def form(self) -> TernaryForm:
@@ -102,7 +111,8 @@ def convert_model(
         the layers become ternary, else a `Ternary...ForCausalLM`.
 
     Raises:
-        UserError: for a family that is not known, a model that is ternary already, or missing calibration tokens.
+        UserError: for a family that is not known or described wrongly, a model that is ternary already, a weight that is NaN or
+            infinite, or calibration that is missing or that `check_calibration` refuses.
     """
     config = config or ConversionConfig()
     if any(isinstance(module, BitLinear) for module in model.modules()):
@@ -110,14 +120,18 @@ def convert_model(
     check_family(model.config, config)
     if config.calibrates and calibration is None:
         raise UserError("calibrated gains need calibration token ids: pass calibration=... or gain='one'")
+    names = checked_names(model)
     for name, parameter in model.named_parameters():
         check_finite(name, parameter.detach())
     if config.form() == TernaryForm():
-        for name in quantized_names(model):
+        for name in names:
             weight = model.get_parameter(f"{name}.weight")
             weight.data = keep_ternary(weight.detach(), "tensor")
         return replace_linears(model)
-    rows = list(calibration or ()) if config.calibrates else []
+    rows = []
+    if config.calibrates and calibration is not None:
+        embedding: Any = model.get_submodule(family_of(model.config).embedding)
+        rows = check_calibration(calibration, embedding.num_embeddings)
     was_training = model.training
     model.eval()
     plan = plan_conversion(model.config, config, _State(model.state_dict()), partial(measure_inputs, model, calibration=rows))
@@ -134,8 +148,8 @@ def check_family(config: PreTrainedConfig, conversion: ConversionConfig | None =
     if config.model_type == "bitnet" and conversion.form() != TernaryForm():
         raise UserError("a bitnet model has its norms already: convert it with norm='none', granularity='tensor' and no rotation")
     if conversion.rotation:
-        widths = (config.intermediate_size, _attention_width(config))
-        if odd := [width for width in widths if block_size(width) == 1]:
+        widths = (getattr(config, "intermediate_size", None), _attention_width(config))  # GPT-2's has another name
+        if odd := [width for width in widths if width is not None and block_size(width) == 1]:
             raise UserError(f"a width of {odd[0]} is odd and cannot be rotated: convert without rotation")
 
 
@@ -344,12 +358,14 @@ def replace_linears(model: PreTrainedModel) -> PreTrainedModel:
     """Replace the seven linear layers of every block by `BitLinear`, in place, sharing parameters; return the model.
 
     The configuration says so from then on, so that `save_pretrained`, which other trainers call, loses nothing.
+
+    Raises:
+        UserError: if one of them is no `nn.Linear`.
     """
     for name in quantized_names(model):
-        module = model.get_submodule(name)
-        assert isinstance(module, nn.Linear)
+        module = linear_layer(model, name)
         model.set_submodule(name, BitLinear.from_linear(module).train(module.training))
-    model.config.quantization_config = quantization_block("autobitlinear", "online")
+    model.config.quantization_config = quantization_block("autobitlinear", "online", family_of(model.config).head)
     return model
 
 
@@ -385,6 +401,8 @@ def _plan_bitnet(config: PreTrainedConfig, conversion: ConversionConfig, source:
     insertions: dict[str, NormInsertion] = {}
     residual_scale = 1.0
     if conversion.calibrates:
+        if not target.rms_norm_eps:
+            raise UserError("the model's rms_norm_eps is 0, which no gain softens: convert it with gain='one', or set an epsilon")
         inputs = measure([site.consumer for site in sites])
         statistics = {}
         for site in sites:

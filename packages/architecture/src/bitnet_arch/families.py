@@ -5,9 +5,11 @@ A family is found by its configuration's `model_type`. To add one, describe it a
 
 from dataclasses import dataclass
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
+from bitnet_arch.configs import EPSILONS
 from bitnet_arch.errors import UserError
 
 
@@ -89,14 +91,60 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 def norm_epsilon(config: PreTrainedConfig) -> float:
     """Return the epsilon of a model's own norms, for those that are inserted; 1e-5 where its configuration names none."""
-    for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
+    for name in EPSILONS:
         if (value := getattr(config, name, None)) is not None:
             return float(value)
     return 1e-5
 
 
 def quantized_names(model: PreTrainedModel) -> list[str]:
-    """Return the dotted names of a decoder's layers that are or become ternary, block by block."""
+    """Return the dotted names of a decoder's layers that are or become ternary, block by block.
+
+    Raises:
+        UserError: for a family that is not known, or one whose description names what the model has not.
+    """
     family = family_of(model.config)
-    count = len(model.get_submodule(family.blocks))  # type: ignore[arg-type]
-    return [f"{family.blocks}.{i}.{name}" for i in range(count) for name in family.linears]
+    for name in (family.blocks, family.embedding, family.final_norm, family.head):
+        _check_part(model, name)
+    blocks = [f"{family.blocks}.{i}" for i in range(len(model.get_submodule(family.blocks)))]  # type: ignore[arg-type]
+    for block in blocks:
+        for name in (*family.linears, *family.pre_norms):
+            _check_part(model, f"{block}.{name}")
+    return [f"{block}.{name}" for block in blocks for name in family.linears]
+
+
+def _check_part(model: PreTrainedModel, name: str) -> None:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        raise UserError(
+            f"a {type(model).__name__} has no {name!r}: the family {base_type(model.config)!r} is described wrongly, correct what "
+            "was registered (docs/families.md)"
+        ) from None
+
+
+def checked_names(model: PreTrainedModel) -> list[str]:
+    """Return `quantized_names` of a float model, having seen that each of them is a linear layer.
+
+    Raises:
+        UserError: as `quantized_names` and `linear_layer`.
+    """
+    names = quantized_names(model)
+    for name in names:
+        linear_layer(model, name)
+    return names
+
+
+def linear_layer(model: PreTrainedModel, name: str) -> nn.Linear:
+    """Return a layer that is to become ternary.
+
+    Raises:
+        UserError: if it is no `nn.Linear`, such as GPT-2's `Conv1D`, whose weight is the transpose.
+    """
+    layer = model.get_submodule(name)
+    if not isinstance(layer, nn.Linear):
+        raise UserError(
+            f"{name} is a {type(layer).__name__}, not a linear layer: the family is described wrongly, or is one that cannot be "
+            "made ternary"
+        )
+    return layer

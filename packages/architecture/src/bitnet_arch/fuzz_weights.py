@@ -1,8 +1,8 @@
 """What fuzzing a model directory's weights means: whatever a safetensors file holds ends in success or a `UserError`."""
 
 import json
-import os
 import random
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -125,26 +125,32 @@ def rewritten_weights(data: bytes, pick: random.Random) -> bytes:
     return len(text).to_bytes(8, "little") + text + bytes(body)
 
 
+CRASH = "crash"
+"""Name of the directory that shows a finding."""
+
 _SHAPES: tuple[Any, ...] = ([], [0], [1], [-1], [2**62, 4], [1, 1, 1], [32, 32], [1.5], None, "x")
 _OFFSETS: tuple[Any, ...] = ([0, 0], [0, 4], [4, 0], [-4, 0], [0, 2**63], [0], None, "x")
 
 
 def fuzz_directories(folder: Path | str, seconds: float, seed: int = 0) -> dict[str, int]:
-    """Mutate the weights of `write_directories` for some processor seconds; return how often each stage refused.
+    """Mutate the weights of copies of `write_directories` for some processor seconds; return how often each stage refused.
 
     Raises:
-        Exception: the first finding; the directory that shows it is left as `crash` in the folder.
+        Exception: the first finding; the directory that shows it is left as `crash` in the folder, in place of an earlier one.
     """
     folder, pick, refused = Path(folder), random.Random(seed), Counter[str]()
-    corpus = [(path, (path / WEIGHTS_FILE).read_bytes()) for path in sorted(folder.iterdir()) if (path / WEIGHTS_FILE).is_file()]
-    end = time.process_time() + seconds
-    while time.process_time() < end:
-        directory, data = pick.choice(corpus)
-        changed = rewritten_weights(data, pick) if pick.random() < 0.5 else mutate(data, header_size(data), pick)
-        try:
-            refused[try_weights(directory, changed) or "nothing"] += 1
-        except BaseException:
-            os.replace(directory, folder / "crash")
-            raise
-        (directory / WEIGHTS_FILE).write_bytes(data)
+    corpus = [path for path in sorted(folder.iterdir()) if path.name != CRASH and (path / WEIGHTS_FILE).is_file()]
+    with tempfile.TemporaryDirectory() as scratch:
+        copies = [Path(shutil.copytree(path, Path(scratch) / path.name)) for path in corpus]
+        contents = [(path / WEIGHTS_FILE).read_bytes() for path in copies]
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            directory, data = pick.choice(list(zip(copies, contents, strict=True)))
+            changed = rewritten_weights(data, pick) if pick.random() < 0.5 else mutate(data, header_size(data), pick)
+            try:
+                refused[try_weights(directory, changed) or "nothing"] += 1
+            except BaseException:
+                shutil.rmtree(folder / CRASH, ignore_errors=True)
+                shutil.copytree(directory, folder / CRASH)
+                raise
     return dict(refused)

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from bitnet_arch.checkpoint import read_provenance, skeleton
+from bitnet_arch.checkpoint import check_layers, read_provenance, skeleton
 from bitnet_arch.configs import read_json_object
 from bitnet_arch.directories import CARD_FILE, CARD_MARK
 from bitnet_arch.errors import UserError
@@ -114,6 +114,7 @@ def _facts(directory: Path) -> dict[str, Any]:
         if reader.form == "float":
             raise UserError(f"{directory} is a float model: convert it before it gets a card")
         model = skeleton(reader)
+        check_layers(model, reader)
         layers = {f"{name}.weight" for name in quantized_names(model)}
         stored = [name for name, _ in model.named_parameters()]
         weights = {name: _count(reader.shape(name)) for name in {*stored, *layers}}

@@ -19,9 +19,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from bitnet_arch.bitlinear import LAMBDA_KEY, BitLinear, BitLinearLRC, bitlinear_layers
 from bitnet_arch.errors import UserError
-from bitnet_arch.families import FAMILIES, PREFIX, Family, base_type, family_of, norm_epsilon, quantized_names
+from bitnet_arch.families import FAMILIES, PREFIX, Family, base_type, family_of, linear_layer, norm_epsilon, quantized_names
 from bitnet_arch.lrc.adapters import AdapterDtype, check_rank, layer_rank
-from bitnet_arch.norm import SubLN
+from bitnet_arch.norm import SubLN, check_epsilon
 from bitnet_arch.packed import PackedBitLinear, PackedBitLinearLRC
 from bitnet_arch.packing import check_packed
 from bitnet_arch.quant import Granularity
@@ -96,9 +96,7 @@ def build_layers(model: PreTrainedModel, form: TernaryForm) -> None:
     normed = {name.rsplit(".", 1)[-1] for name in normed_layers(family, form.norm)}
     mixing = {name.rsplit(".", 1)[-1] for name in family.mixing}
     for name in quantized_names(model):
-        linear = model.get_submodule(name)
-        if not isinstance(linear, nn.Linear):
-            raise UserError(f"{name} is a {type(linear).__name__}, not a linear layer: the family is described wrongly")
+        linear = linear_layer(model, name)
         short, device = name.rsplit(".", 1)[-1], linear.weight.device
         layer: nn.Module = BitLinear.from_linear(
             linear,
@@ -218,15 +216,17 @@ class _Ternary(PreTrainedModel):
         """Load as stock transformers does; a lambda that was saved is the one that the layers compute with.
 
         Raises:
-            UserError: if packed codes are damaged, of which the layers' own loading is not told here.
+            UserError: if packed codes or a norm's epsilon are damaged, of which the layers' own loading is not told here.
         """
         result = super().from_pretrained(*args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         for _, layer in bitlinear_layers(model):
             layer.set_strength(float(layer.quant_lambda))
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, PackedBitLinear) and not module.weight.is_meta:
                 check_packed(module.weight)
+            if isinstance(module, SubLN) and not module.eps.is_meta:
+                check_epsilon(f"{name}.eps", float(module.eps))
         return result
 
     def _move_missing_keys_from_meta_to_device(self, missing_keys: list[str], *args: Any, **kwargs: Any) -> None:

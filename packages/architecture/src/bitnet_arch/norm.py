@@ -3,6 +3,19 @@
 import torch
 from torch import Tensor, nn
 
+from bitnet_arch.configs import is_epsilon
+from bitnet_arch.errors import UserError
+
+
+def check_epsilon(name: str, value: float) -> None:
+    """Refuse a stored epsilon that no norm can have.
+
+    Raises:
+        UserError: naming it, if it is negative, NaN or infinite.
+    """
+    if not is_epsilon(value):
+        raise UserError(f"{name} is {value:g}, and a norm's epsilon is a number of at least 0: take an earlier checkpoint")
+
 
 class SubLN(nn.Module):
     """RMSNorm `x · rsqrt(mean(x²) + ε) · γ` over the last dimension, with statistics in float32.

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from bitnet_arch.bitlinear import LAMBDA_KEY
+from bitnet_arch.calibration import check_calibration
 from bitnet_arch.checkpoint import (
     Companions,
     check_layers,
@@ -31,7 +32,7 @@ from bitnet_arch.configs import LinearClass, quantization_block
 from bitnet_arch.convert import ConversionConfig, ConversionPlan, check_family, plan_conversion, with_layers
 from bitnet_arch.directories import write_directory
 from bitnet_arch.errors import UserError
-from bitnet_arch.families import Family, family_of, quantized_names
+from bitnet_arch.families import Family, checked_names, family_of, quantized_names
 from bitnet_arch.modeling import form_of
 from bitnet_arch.packing import CODES_PER_BYTE, pack_codes
 from bitnet_arch.quant import GROUP, Granularity, quantize_weight
@@ -74,10 +75,11 @@ def convert_directory(
     check_source(source, config)
     if config.calibrates and calibration is None:
         raise UserError("calibrated gains need calibration token ids: pass calibration=... or gain='one'")
-    rows = list(calibration or ())
+    rows = [] if calibration is None else list(calibration)
     with open_weights(source) as reader:
         model = skeleton(reader)
         check_layers(model, reader)
+        checked_names(model)  # before it is run
         companions = companions_of(source, model, provenance)
         plan = plan_conversion(model.config, config, Floats(reader), partial(measure_stream, reader, calibration=rows))
         result = DirectoryResult(plan.target, packed, linear_class)
@@ -133,14 +135,20 @@ def check_source(source: Path | str, config: ConversionConfig) -> None:
 
 
 class Floats:
-    """A directory's tensors in float32."""
+    """A directory's tensors in float32; one with a value that is no number is refused."""
 
     def __init__(self, reader: WeightReader) -> None:
         self.reader = reader
 
     def get(self, name: str) -> Tensor:
-        """Return a tensor."""
-        return self.reader.get(name).float()
+        """Return a tensor.
+
+        Raises:
+            UserError: naming it, if a value is NaN or infinite.
+        """
+        tensor = self.reader.get(name).float()
+        check_finite(name, tensor)
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
@@ -174,8 +182,9 @@ class DirectoryResult:
         """Return the `config.json`."""
         block = None
         if not self.form:
-            packed, master = quantization_block(self.linear_class, "offline"), quantization_block("autobitlinear", "online")
-            block = packed if self.packed else master
+            head = family_of(self.model.config).head
+            master = quantization_block("autobitlinear", "online", head)
+            block = quantization_block(self.linear_class, "offline", head) if self.packed else master
         return config_text(self.model.config, type(self.model).__name__, block, self.packed)
 
     def specs(self) -> dict[str, TensorSpec]:
@@ -250,19 +259,20 @@ def measure_stream(reader: WeightReader, layers: Iterable[str], calibration: Ite
         Layer name to statistics: those of `measure_inputs` on the whole model in float32.
 
     Raises:
-        UserError: for tokens that the model does not have, or a family whose blocks cannot be run one by one.
+        UserError: for tokens that the model does not have, a weight that is NaN or infinite, or a family whose blocks cannot be run
+            one by one.
     """
     model = skeleton(reader)
     model.eval()
     family = family_of(model.config)
     blocks = list(model.get_submodule(family.blocks).children())
     hidden, calls = _enter(model, family, reader, list(calibration))
-    layers = list(layers)
+    layers, floats = list(layers), Floats(reader)
     found: dict[str, InputStatistics] = {}
     for index, block in enumerate(blocks):
         prefix = f"{family.blocks}.{index}."
         live = copy.deepcopy(block)
-        live.load_state_dict({name: reader.get(prefix + name).float() for name in live.state_dict()}, assign=True)
+        live.load_state_dict({name: floats.get(prefix + name) for name in live.state_dict()}, assign=True)
         inside = [name.removeprefix(prefix) for name in layers if name.startswith(prefix)]
         with recording(live, inside) as statistics:
             for row, states in enumerate(hidden):
@@ -324,16 +334,14 @@ def embed_used(model: PreTrainedModel, family: Family, reader: WeightReader, cal
     """Give the embedding the rows of the calibration's tokens only; return the tokens by their places among them.
 
     Raises:
-        UserError: for no tokens, or tokens that the model does not have.
+        UserError: for no tokens, tokens that the model does not have, or an embedding of one that is NaN or infinite.
     """
-    if not any(ids.numel() for ids in calibration):
-        raise UserError("calibration has no tokens: pass token ids of text like the model's use")
-    used, places = torch.cat([ids.flatten() for ids in calibration]).unique(return_inverse=True)
     name = f"{family.embedding}.weight"
-    if int(used.min()) < 0 or int(used.max()) >= reader.shape(name)[0]:
-        raise UserError(f"calibration has a token id outside the vocabulary of {reader.shape(name)[0]}: use the model's tokenizer")
+    calibration = check_calibration(calibration, reader.shape(name)[0])
+    used, places = torch.cat([ids.flatten() for ids in calibration]).unique(return_inverse=True)
     embedding: Any = model.get_submodule(family.embedding)
     table = torch.cat([reader.get(name, slice(token, token + 1)) for token in used.tolist()]).float()
+    check_finite(name, table)
     embedding.weight = nn.Parameter(table, requires_grad=False)
     embedding.num_embeddings, embedding.padding_idx = len(table), None
     parts = places.split([ids.numel() for ids in calibration])

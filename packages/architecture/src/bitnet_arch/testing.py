@@ -1,13 +1,17 @@
 """Tiny models and a tokenizer for tests, here so that every package's tests share them."""
 
 import pydoc_data.topics
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from bitnet_arch.convert import ConversionConfig, convert_model
+from bitnet_arch.modeling import Placement
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs. "
@@ -15,10 +19,42 @@ TEXT = (
     "def add(a, b):\n    return a + b\n\nfor i in range(10):\n    print(i, add(i, i))\n"
 )
 
+# Also in `data_handler.tokenizer`, as is the training of a byte-level BPE: the two libraries do not import each other.
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
+
+
+SMALL_SHAPE: dict[str, int | None] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+"""Sizes of a decoder of any family that is made in milliseconds."""
+
+
+def random_model(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """Seed torch and make a float32 model in evaluation mode whose norms and biases are not ones and zeros, the same every time."""
+    torch.manual_seed(0)
+    model = make()
+    model.float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def softened(norm: Placement, **more: Any) -> ConversionConfig:
+    """Return a conversion whose norms, if it inserts any, are softened until they do nothing."""
+    return ConversionConfig(norm=norm, **more) if norm == "none" else ConversionConfig(norm=norm, softness=1e6, **more)
 
 
 def tiny_llama(
@@ -98,6 +134,12 @@ def tiny_tokenizer(vocab: int = 512, around: str | None = None) -> PreTrainedTok
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+@torch.no_grad()
+def mean_nll(model: PreTrainedModel, ids: Tensor) -> float:
+    """Return the loss of rows of tokens, int64 `[rows, time]`, in nats a token."""
+    return F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
 
 
 def train_tiny(model: PreTrainedModel, steps: int = 100, rows: int = 8, length: int = 48, seed: int = 0) -> PreTrainedModel:

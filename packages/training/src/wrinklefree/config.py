@@ -96,7 +96,7 @@ class ModelConfig:
 
     def conversion(self) -> ConversionConfig:
         """Return the conversion's own configuration."""
-        gain = self.gain or ("calibrated" if self.shape is None else "one")
+        gain = self.gain or ("calibrated" if self.shape is None or self.norm == "none" else "one")
         default = ConversionConfig()
         softness = default.softness if self.softness is None else self.softness
         return ConversionConfig(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers.configuration_utils import PreTrainedConfig
 
-from bitnet_arch.checkpoint import skeleton
+from bitnet_arch.checkpoint import check_layers, skeleton
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import base_type
 from bitnet_arch.gguf.names import FAMILY_NAMES
@@ -112,7 +112,7 @@ def check_ternary(reader: WeightReader) -> None:
     """Raise `UserError` unless a directory is ternary and complete."""
     if reader.form == "float":
         raise UserError(f"{reader.directory} is not ternary: convert and train it first")
-    skeleton(reader)
+    check_layers(skeleton(reader), reader)
 
 
 def choose_architecture(reader: WeightReader, requested: str = "auto") -> str:

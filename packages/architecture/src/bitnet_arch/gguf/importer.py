@@ -25,7 +25,7 @@ from bitnet_arch.gguf.rope import FACTORS, head_width, llama3_parameters
 from bitnet_arch.gguf.ternary import TernaryMatrix, find_ternary
 from bitnet_arch.lrc.adapters import check_rank
 from bitnet_arch.modeling import Placement, TernaryForm, ternary_config
-from bitnet_arch.norm import SubLN
+from bitnet_arch.norm import SubLN, check_epsilon
 from bitnet_arch.packed import PackedBitLinear, PackedBitLinearLRC
 from bitnet_arch.packing import CODES_PER_BYTE
 from bitnet_arch.quant import Granularity, absmean_scale, expand_scale
@@ -338,7 +338,9 @@ def _assemble(
                 state[name] = _float(keys, names[name], heads, name, family)
         for name, module in model.named_modules():
             if isinstance(module, SubLN):
-                state[f"{name}.eps"] = _float(keys, names[f"{name}.eps"], heads, f"{name}.eps", family).reshape(())
+                stored = names[f"{name}.eps"]
+                state[f"{name}.eps"] = _float(keys, stored, heads, f"{name}.eps", family).reshape(())
+                check_epsilon(f"{keys.file.path}: tensor {stored}", float(state[f"{name}.eps"]))
         compute_buffers(model)
     loaded = model.load_state_dict(state, strict=False, assign=True)
     assert not loaded.unexpected_keys

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitnet_arch.bitlinear import BitLinear
+from bitnet_arch.calibration import check_calibration
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import family_of
 from bitnet_arch.packed import PackedBitLinear
@@ -127,9 +128,17 @@ class Block:
         """
         return self._record(names, Covariances.zeros)
 
-    def hessians(self, names: Iterable[str]) -> dict[str, Hessian]:
-        """Run the block and accumulate Syy alone, at a third of the cost of `covariances`."""
-        return self._record(names, Hessian.zeros)
+    def hessians(self, names: Iterable[str], epsilon: float) -> dict[str, Hessian]:
+        """Run the block and accumulate Syy alone, regularised, at a third of the cost of `covariances`.
+
+        Args:
+            names: as for `covariances`.
+            epsilon: damping, see `Hessian.regularize`; layers that share their sums are damped once.
+        """
+        found = self._record(names, Hessian.zeros)
+        for sums in {id(sums): sums for sums in found.values()}.values():
+            sums.regularize(epsilon)
+        return found
 
     def _record(self, names: Iterable[str], zeros: Callable[[int, torch.device], Sums]) -> dict[str, Sums]:
         recorders: dict[str, _Recorder[Sums]] = {}
@@ -185,15 +194,10 @@ def run_blocks(
         hold: brings a block's tensors and takes them away again: see `bitnet_arch.block_stream`. By default they are there.
 
     Raises:
-        UserError: for no tokens, tokens that the model does not have, or a family whose blocks cannot be run one by one.
+        UserError: for calibration that `check_calibration` refuses, or a family whose blocks cannot be run one by one.
     """
-    rows = list(calibration)
     family = family_of(model.config)
-    vocabulary: int = model.get_submodule(family.embedding).num_embeddings  # type: ignore[assignment]
-    if not any(ids.numel() for ids in rows):
-        raise UserError("calibration has no tokens: pass token ids of text like the model's use")
-    if any(int(ids.min()) < 0 or int(ids.max()) >= vocabulary for ids in rows if ids.numel()):
-        raise UserError(f"calibration has a token id outside the vocabulary of {vocabulary}: use the model's tokenizer")
+    rows = check_calibration(calibration, model.get_submodule(family.embedding).num_embeddings)  # type: ignore[arg-type]
     was_training = model.training
     model.eval()
     try:

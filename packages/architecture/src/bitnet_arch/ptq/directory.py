@@ -8,8 +8,10 @@ from torch import Tensor
 
 from bitnet_arch.block_stream import BlockStream, Progress, result_of
 from bitnet_arch.configs import LinearClass
+from bitnet_arch.errors import UserError
 from bitnet_arch.lrc.covariance import Block
-from bitnet_arch.ptq.model import check_method, quantize_block, quantize_layers
+from bitnet_arch.modeling import form_of
+from bitnet_arch.ptq.model import CORRECTED, check_method, quantize_block, quantize_layers
 from bitnet_arch.ptq.quantizers import Method
 from bitnet_arch.quant import Granularity
 from bitnet_arch.shards import MAX_SHARD_SIZE
@@ -60,6 +62,8 @@ def quantize_directory(
     check_method(method, calibration, epsilon)
     with open_weights(source) as reader:
         stream = BlockStream(reader, granularity)
+        if (form := form_of(stream.model.config)) is not None and form.lrc_rank:
+            raise UserError(f"{source} {CORRECTED}")
 
         def by_weights(block: Block) -> None:
             quantize_layers(block.module, method)

@@ -7,14 +7,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bitnet_arch.bitlinear import BitLinear, bitlinear_layers, set_lambda
+from bitnet_arch.bitlinear import BitLinear, BitLinearLRC, bitlinear_layers, set_lambda
 from bitnet_arch.convert import ConversionConfig, convert_model
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import quantized_names
 from bitnet_arch.lrc.covariance import Block, run_blocks
-from bitnet_arch.packed import PackedBitLinear
+from bitnet_arch.packed import PackedBitLinear, PackedBitLinearLRC
 from bitnet_arch.ptq.quantizers import Method, master_weight, quantizer
 from bitnet_arch.quant import GROUP
+
+CORRECTED = (
+    "has a low-rank correction, which holds for its own weights alone: quantise the model without it, or correct that anew (lrc)"
+)
+"""What is said of a model that is asked to be quantised under its adapters."""
 
 
 @torch.no_grad()
@@ -42,9 +47,12 @@ def quantize_model(
         λ = 1, with `BitLinear` layers.
 
     Raises:
-        UserError: for an unknown method, missing or useless calibration, a model that is packed, or one of no known family.
+        UserError: for an unknown method, missing or useless calibration, a model that is packed or has a low-rank correction, or
+            one of no known family.
     """
     check_method(method, calibration, epsilon)
+    if any(isinstance(module, BitLinearLRC | PackedBitLinearLRC) for module in model.modules()):
+        raise UserError(f"the model {CORRECTED}")
     model = as_converted(model)
     if any(isinstance(module, PackedBitLinear) for module in model.modules()):
         raise UserError("the model is packed and has no float weights to quantise: start from its master or float form")
@@ -73,10 +81,7 @@ def quantize_block(model: PreTrainedModel, method: Method, epsilon: float, block
     """Quantise a block's layers on the covariances of their inputs: what `run_blocks` is to call for each."""
     set_lambda(block.module, 0.0)
     names = [name for name in quantized_names(model) if name.startswith(block.prefix)]
-    hessians = block.hessians(names)
-    for found in {id(found): found for found in hessians.values()}.values():  # layers share them
-        found.regularize(epsilon)
-    del found
+    hessians = block.hessians(names, epsilon)
     for name in names:  # a large one is not held longer than it is needed
         check_not_ternary(name, model.get_submodule(name))  # type: ignore[arg-type]
         _replace(model.get_submodule(name), method, hessians.pop(name).syy)  # type: ignore[arg-type]
