@@ -48,7 +48,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64},
     "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128},
 }
-SHAPES["1B, 2 blocks"] = SHAPES["1B"] | {"num_hidden_layers": 2}
+SHAPES |= {f"{name}, 2 blocks": SHAPES[name] | {"num_hidden_layers": 2} for name in ("1B", "3B")}
 
 CASES: dict[str, dict[str, Any]] = {
     "master, gain 1": {"run": "convert", "gain": "one"},
@@ -150,7 +150,8 @@ def child(source: Path, out: Path, case: str, tokens: int, threads: int, size: i
     packed = bool(options.get("packed"))
     start = time.perf_counter()
     if options["run"] == "convert":
-        convert_directory(source, out, ConversionConfig(gain=options["gain"]), rows, packed=packed)
+        config = ConversionConfig(gain=options["gain"])
+        convert_directory(source, out, config, rows if config.calibrates else None, packed=packed)
     elif options["run"] == "quantize":
         quantize_directory(source, out, options["method"], rows, packed=packed)
     elif options["run"] == "lrc":

@@ -12,14 +12,14 @@ from bitnet_arch import (
     register_family,
     save_master,
 )
-from bitnet_arch.__main__ import main
+from bitnet_arch.__main__ import calibration_rows, main
 from bitnet_arch.calibration import check_calibration
 from bitnet_arch.families import FAMILIES, LLAMA_LIKE
 from bitnet_arch.lrc.directory import lrc_directory
 from bitnet_arch.lrc.model import LRCConfig, add_lrc
 from bitnet_arch.ptq.directory import quantize_directory
 from bitnet_arch.ptq.model import quantize_model
-from bitnet_arch.testing import tiny_llama, tiny_tokenizer
+from bitnet_arch.testing import convert_calibrated, tiny_llama, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
@@ -70,6 +70,25 @@ def test_calibration_that_no_model_can_be_run_on_is_named(method, case, source, 
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_rows_longer_than_the_models_positions_are_named(method, source, tmp_path):
+    longest = load_model(source).config.max_position_embeddings
+    METHODS[method](source, tmp_path / "fits", [IDS[:1, :1].expand(1, longest)])
+    with pytest.raises(UserError, match=rf"row 1 of calibration has {longest + 1} tokens, and the model {longest} positions"):
+        METHODS[method](source, tmp_path / "out", [IDS, IDS[:1, :1].expand(1, longest + 1)])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", [ConversionConfig(norm="none"), ConversionConfig(gain="one")], ids=["none", "one"])
+def test_calibration_without_effect_is_refused(config, source, tmp_path):
+    with pytest.raises(UserError, match=r"calibration has no effect: leave it out"):
+        convert_directory(source, tmp_path / "out", config, [IDS])
+    with pytest.raises(UserError, match=r"calibration has no effect: leave it out"):
+        convert_model(load_model(source), config, [IDS])
+    assert not (tmp_path / "out").exists()
+    convert_directory(source, tmp_path / "out", config)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_ids_of_either_integer_type_are_run(method, source, tmp_path):
     for ids in (IDS, IDS.int()):
         METHODS[method](source, tmp_path / str(ids.dtype), iter([ids]))
@@ -99,6 +118,18 @@ def test_a_calibration_file_is_named(command, text, words, tmp_path, capsys):
     assert words in error
 
 
+def test_the_command_cuts_its_text_to_the_models_positions(tmp_path):
+    model = tiny_llama(**SHAPE)
+    model.config.max_position_embeddings = 40
+    save_master(model, tmp_path / "m", tiny_tokenizer(300))
+    text = "A ternary weight is minus one, zero or plus one. " * 40
+    assert [len(ids) for ids in calibration_rows(tiny_tokenizer(300), text, 40)[0]] == [40]
+    (tmp_path / "sample.txt").write_text(text)
+    assert (
+        main(["convert", str(tmp_path / "m"), "--out", str(tmp_path / "out"), "--calibration", str(tmp_path / "sample.txt")]) == 0
+    )
+
+
 # ---- weights that are no numbers, when the model is run before it is written
 
 FORMS = {
@@ -126,7 +157,7 @@ def test_a_weight_that_is_no_number_is_named_before_the_model_is_run(form, name,
     state[name].view(-1)[5 + 32 * (int(IDS[0, 0]) if "embed" in name else 0)] = value
     save_file(state, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=rf"^{name} has 1 values that are NaN or infinite"):
-        convert_directory(tmp_path / "m", tmp_path / "out", FORMS[form], [IDS])
+        convert_directory(tmp_path / "m", tmp_path / "out", FORMS[form], [IDS] if FORMS[form].calibrates else None)
     assert not (tmp_path / "out").exists()
 
 
@@ -162,8 +193,8 @@ def uses(make, directory, out):
     make().save_pretrained(directory)
     yield lambda: load_model(directory)
     for config in (ConversionConfig(norm="none"), ConversionConfig(), ConversionConfig(norm="none", granularity="row")):
-        yield lambda config=config: convert_model(make(), config, [IDS])
-        yield lambda config=config: convert_directory(directory, out, config, [IDS])
+        yield lambda config=config: convert_calibrated(make(), config, [IDS])
+        yield lambda config=config: convert_directory(directory, out, config, [IDS] if config.calibrates else None)
     yield lambda: quantize_model(make(), "gptq", [IDS])
     yield lambda: quantize_directory(directory, out, "absmean")
     yield lambda: lrc_directory(directory, out, LRC, [IDS])

@@ -27,7 +27,7 @@ from bitnet_arch import (
 from bitnet_arch.hadamard import rotate
 from bitnet_arch.modeling import form_of
 from bitnet_arch.quant import absmean_scale, expand_scale
-from bitnet_arch.testing import SMALL_SHAPE, random_model, softened
+from bitnet_arch.testing import SMALL_SHAPE, convert_calibrated, random_model, softened
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -81,7 +81,7 @@ def logits(model):
 def test_a_form_survives_saving_and_loading(family, form, tmp_path):
     model = make(family)
     plain = logits(model)
-    converted = convert_model(model, softened(**FORMS[form]), [IDS])
+    converted = convert_calibrated(model, softened(**FORMS[form]), [IDS])
     expected = logits(converted)
     assert form_of(converted.config) == TernaryForm(**FORMS[form])
     # Without quantisation, and with norms softened until they do nothing, a conversion changes nothing: rotations cancel, and
@@ -122,7 +122,7 @@ def test_norms_act_and_calibration_keeps_the_model_nearer_than_gain_one(form):
     plain = logits(make("qwen3"))
 
     def distance(**more):
-        converted = convert_model(make("qwen3"), ConversionConfig(norm=form, **more), [IDS])
+        converted = convert_calibrated(make("qwen3"), ConversionConfig(norm=form, **more), [IDS])
         set_lambda(converted, 0.0)
         return float((logits(converted) - plain).pow(2).mean())
 
@@ -177,7 +177,7 @@ def test_a_family_of_the_users_own_takes_a_description(kind, norm, tmp_path):
     register_family(kind, family)  # twice is once
     model = maker().eval()
     plain = logits(model)
-    converted = convert_model(model, softened(norm), [IDS])
+    converted = convert_calibrated(model, softened(norm), [IDS])
     assert len(list(bitlinear_layers(converted))) == 2 * len(family.linears)
     expected = logits(converted)
     set_lambda(converted, 0.0)

@@ -18,7 +18,7 @@ from bitnet_arch import (
 )
 from bitnet_arch.gguf import export_gguf, from_gguf, read_gguf, tokenizer_from_gguf
 from bitnet_arch.modeling import form_of, ternary_config
-from bitnet_arch.testing import random_model, softened, tiny_bitnet, tiny_tokenizer
+from bitnet_arch.testing import convert_calibrated, random_model, softened, tiny_bitnet, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -109,7 +109,7 @@ def as_stored(directory):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", MAKERS)
 def test_a_file_gives_back_the_model(family, form, tmp_path):
-    converted = convert_model(make(family), softened(**FORMS[form]), [IDS])
+    converted = convert_calibrated(make(family), softened(**FORMS[form]), [IDS])
     save_packed(converted, tmp_path / "m", tiny_tokenizer())
     report = export_gguf(tmp_path / "m", tmp_path / "out.gguf", architecture="wrinklefree")
     assert report.architecture == "wrinklefree"
@@ -148,7 +148,7 @@ KEYS = {
 
 @pytest.mark.parametrize(("family", "form"), KEYS, ids="-".join)
 def test_the_keys_say_what_the_model_is(family, form, tmp_path):
-    save_master(convert_model(make(family), ConversionConfig(**FORMS[form]), [IDS]), tmp_path / "m", tiny_tokenizer())
+    save_master(convert_calibrated(make(family), ConversionConfig(**FORMS[form]), [IDS]), tmp_path / "m", tiny_tokenizer())
     export_gguf(tmp_path / "m", tmp_path / "out.gguf")
     written = read_gguf(tmp_path / "out.gguf")
     assert written.metadata["general.architecture"] == "wrinklefree"
@@ -214,7 +214,7 @@ def test_a_model_of_microsofts_kind_is_ours(tied, tmp_path):
 @pytest.mark.parametrize("family", MAKERS)
 def test_a_model_read_from_a_file_is_written_as_the_same_file(family, architecture, tmp_path):
     form = FORMS["subln-groups-rotated"] if architecture == "wrinklefree" else FORMS["none"]
-    save_packed(convert_model(make(family), ConversionConfig(**form), [IDS]), tmp_path / "m", tiny_tokenizer())
+    save_packed(convert_calibrated(make(family), ConversionConfig(**form), [IDS]), tmp_path / "m", tiny_tokenizer())
     export_gguf(tmp_path / "m", tmp_path / "one.gguf", architecture=architecture)
     save_packed(from_gguf(tmp_path / "one.gguf"), tmp_path / "again", tokenizer_from_gguf(tmp_path / "one.gguf"))
     export_gguf(tmp_path / "again", tmp_path / "two.gguf", architecture=architecture)

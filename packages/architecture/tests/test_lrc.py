@@ -42,7 +42,7 @@ from bitnet_arch.modeling import form_of
 from bitnet_arch.norm import SubLN
 from bitnet_arch.packed import PackedBitLinearLRC
 from bitnet_arch.ptq.quantizers import absmean, dequantize, gptq, least_squares
-from bitnet_arch.testing import SMALL_SHAPE, mean_nll, tiny_bitnet, tiny_llama
+from bitnet_arch.testing import SMALL_SHAPE, convert_calibrated, mean_nll, tiny_bitnet, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -117,7 +117,7 @@ def make(family):
 
 
 def converted(family="llama", form="stock"):
-    return convert_model(make(family), ConversionConfig(**FORMS[form]), [IDS])
+    return convert_calibrated(make(family), ConversionConfig(**FORMS[form]), [IDS])
 
 
 @torch.no_grad()

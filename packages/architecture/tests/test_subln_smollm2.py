@@ -31,7 +31,7 @@ def test_default_insertion_keeps_smollm2_and_gain_one_destroys_it():
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), heldout[:, 1:].flatten()).item()
 
     def converted(config):
-        model = convert_model(load_float_model(source), config, [calibration])
+        model = convert_model(load_float_model(source), config, [calibration] if config.calibrates else None)
         set_lambda(model, 0.0)
         return nll(model)
 

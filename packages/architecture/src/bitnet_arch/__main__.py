@@ -11,7 +11,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from bitnet_arch.calibration import max_positions
 from bitnet_arch.checkpoint import check_head, load_tokenizer
+from bitnet_arch.configs import load_config
 from bitnet_arch.convert import ConversionConfig
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import FAMILIES, PREFIX
@@ -61,16 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def calibration_rows(tokenizer: object, text: str) -> list[Tensor]:
-    """Cut a text into calibration rows, int64 `[1, 512]` each, at most four.
+def calibration_rows(tokenizer: object, text: str, positions: int | None = None) -> list[Tensor]:
+    """Cut a text into calibration rows, int64 `[1, 512]` each or as long as the model's positions, at most four.
 
     Raises:
         UserError: if the text has fewer than 16 tokens.
     """
-    ids = torch.tensor(tokenizer(text).input_ids[: CALIBRATION_ROWS * CALIBRATION_LENGTH], dtype=torch.int64)  # type: ignore[operator]
+    length = min(CALIBRATION_LENGTH, positions or CALIBRATION_LENGTH)
+    ids = torch.tensor(tokenizer(text).input_ids[: CALIBRATION_ROWS * length], dtype=torch.int64)  # type: ignore[operator]
     if len(ids) < 16:
         raise UserError(f"the calibration text has only {len(ids)} tokens: give a longer one")
-    return list(ids[None].split(CALIBRATION_LENGTH, dim=1))
+    return list(ids[None].split(length, dim=1))
 
 
 def _conversion(arguments: argparse.Namespace) -> ConversionConfig:
@@ -89,10 +92,9 @@ def _convert(arguments: argparse.Namespace) -> None:
     config = _conversion(arguments)
     source = _source(arguments)
     check_source(source.path, config)
-    tokenizer = load_tokenizer(source.path)
     rows = None
     if config.calibrates:
-        rows = calibration_rows(tokenizer, _calibration_text(arguments.calibration))
+        rows = _calibration(arguments, source)
     convert_directory(
         source.path,
         arguments.out,
@@ -130,7 +132,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     calibrates = arguments.method.startswith("gptq") or arguments.calibration is not None
     check_method(arguments.method, [] if calibrates else None, 0.0)
     source = _source(arguments)
-    rows = calibration_rows(load_tokenizer(source.path), _calibration_text(arguments.calibration)) if calibrates else None
+    rows = _calibration(arguments, source) if calibrates else None
     quantize_directory(source.path, arguments.out, arguments.method, rows, **_writing(arguments, source))
     _done(arguments, source, "No method without training leaves a good model: measure it before you use it.")
 
@@ -138,7 +140,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
 def _lrc(arguments: argparse.Namespace) -> None:
     config = LRCConfig(rank=arguments.rank, dtype=arguments.dtype, quantizer=arguments.quantizer, steps=arguments.steps)
     source = _source(arguments)
-    rows = calibration_rows(load_tokenizer(source.path), _calibration_text(arguments.calibration))
+    rows = _calibration(arguments, source)
     lrc_directory(source.path, arguments.out, config, rows, **_writing(arguments, source))
     _done(arguments, source, "Only this library loads a model with a low-rank correction.")
 
@@ -159,6 +161,11 @@ def _writing(arguments: argparse.Namespace, source: Pretrained) -> dict[str, Any
 def _rank(text: str) -> int | float:
     """Parse a rank: a whole number, or a share."""
     return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def _calibration(arguments: argparse.Namespace, source: Pretrained) -> list[Tensor]:
+    text = _calibration_text(arguments.calibration)
+    return calibration_rows(load_tokenizer(source.path), text, max_positions(load_config(source.path)))
 
 
 def _calibration_text(path: Path | None) -> str:

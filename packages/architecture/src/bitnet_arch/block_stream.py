@@ -4,8 +4,6 @@
 is written as the method leaves it, and loses them again. What is measured and computed is what it is on the whole model.
 """
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +20,7 @@ from bitnet_arch.directories import write_directory
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import family_of
 from bitnet_arch.lrc.covariance import Block, run_blocks
+from bitnet_arch.memory import return_memory
 from bitnet_arch.quant import Granularity
 from bitnet_arch.shards import ShardWriter, check_finite
 from bitnet_arch.stream import DirectoryResult, Floats, companions_of, embed_used
@@ -127,7 +126,7 @@ class BlockStream:
                 if not name.endswith(LAMBDA_KEY):
                     result.write(prefix + name, tensor, writer)
             block.to("meta")
-            _return_memory()
+            return_memory()
             done += 1
             if progress:
                 progress(done, len(blocks))
@@ -160,14 +159,6 @@ class BlockStream:
             if not name.startswith(blocks):
                 for piece in self.reader.pieces(name):
                     result.write(name, self._plan.edit(name, piece.float()), writer)
-
-
-def _return_memory() -> None:
-    """Give freed memory back: glibc keeps the holes that one block leaves, and the next one does not fit into them."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def result_of(stream: BlockStream, packed: bool, linear_class: LinearClass) -> DirectoryResult:

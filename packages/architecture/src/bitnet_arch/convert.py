@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitNetConfig, LlamaConfig, PreTra
 from transformers.configuration_utils import PreTrainedConfig
 
 from bitnet_arch.bitlinear import BitLinear
-from bitnet_arch.calibration import check_calibration
+from bitnet_arch.calibration import check_calibration, max_positions
 from bitnet_arch.configs import check_shape, quantization_block
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import checked_names, family_of, linear_layer, norm_epsilon, quantized_names
@@ -112,14 +112,13 @@ def convert_model(
 
     Raises:
         UserError: for a family that is not known or described wrongly, a model that is ternary already, a weight that is NaN or
-            infinite, or calibration that is missing or that `check_calibration` refuses.
+            infinite, or calibration that is missing, has no effect, or that `check_calibration` refuses.
     """
     config = config or ConversionConfig()
     if any(isinstance(module, BitLinear) for module in model.modules()):
         raise UserError("the model is converted already: its linear layers are BitLinear")
     check_family(model.config, config)
-    if config.calibrates and calibration is None:
-        raise UserError("calibrated gains need calibration token ids: pass calibration=... or gain='one'")
+    check_needs(config, calibration)
     names = checked_names(model)
     for name, parameter in model.named_parameters():
         check_finite(name, parameter.detach())
@@ -129,15 +128,24 @@ def convert_model(
             weight.data = keep_ternary(weight.detach(), "tensor")
         return replace_linears(model)
     rows = []
-    if config.calibrates and calibration is not None:
+    if calibration is not None:
         embedding: Any = model.get_submodule(family_of(model.config).embedding)
-        rows = check_calibration(calibration, embedding.num_embeddings)
+        rows = check_calibration(calibration, embedding.num_embeddings, max_positions(model.config))
     was_training = model.training
     model.eval()
     plan = plan_conversion(model.config, config, _State(model.state_dict()), partial(measure_inputs, model, calibration=rows))
     converted = carry_out(plan, model)
     converted.train(was_training)
     return converted
+
+
+def check_needs(conversion: ConversionConfig, calibration: object | None) -> None:
+    """Raise `UserError` where calibration is missing, or given and without effect."""
+    if conversion.calibrates and calibration is None:
+        raise UserError("calibrated gains need calibration token ids: pass calibration=... or gain='one'")
+    if not conversion.calibrates and calibration is not None:
+        what = "norm='none' inserts no norms" if conversion.norm == "none" else f"gain={conversion.gain!r} measures nothing"
+        raise UserError(f"{what}, so that calibration has no effect: leave it out")
 
 
 def check_family(config: PreTrainedConfig, conversion: ConversionConfig | None = None) -> None:

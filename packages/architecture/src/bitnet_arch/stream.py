@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from bitnet_arch.bitlinear import LAMBDA_KEY
-from bitnet_arch.calibration import check_calibration
+from bitnet_arch.calibration import check_calibration, max_positions
 from bitnet_arch.checkpoint import (
     Companions,
     check_layers,
@@ -29,7 +29,7 @@ from bitnet_arch.checkpoint import (
     skeleton,
 )
 from bitnet_arch.configs import LinearClass, quantization_block
-from bitnet_arch.convert import ConversionConfig, ConversionPlan, check_family, plan_conversion, with_layers
+from bitnet_arch.convert import ConversionConfig, ConversionPlan, check_family, check_needs, plan_conversion, with_layers
 from bitnet_arch.directories import write_directory
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import Family, checked_names, family_of, quantized_names
@@ -67,14 +67,13 @@ def convert_directory(
         provenance: one line on where the weights come from; by default the source's own.
 
     Raises:
-        UserError: for a source that cannot be converted so, a weight that is NaN or infinite, missing calibration tokens, or a
-            full disk.
+        UserError: for a source that cannot be converted so, a weight that is NaN or infinite, calibration that is missing or has no
+            effect, or a full disk.
     """
     config, source, out = config or ConversionConfig(), Path(source), Path(out)
     check_output(source, out, packed, linear_class)
     check_source(source, config)
-    if config.calibrates and calibration is None:
-        raise UserError("calibrated gains need calibration token ids: pass calibration=... or gain='one'")
+    check_needs(config, calibration)
     rows = [] if calibration is None else list(calibration)
     with open_weights(source) as reader:
         model = skeleton(reader)
@@ -337,7 +336,7 @@ def embed_used(model: PreTrainedModel, family: Family, reader: WeightReader, cal
         UserError: for no tokens, tokens that the model does not have, or an embedding of one that is NaN or infinite.
     """
     name = f"{family.embedding}.weight"
-    calibration = check_calibration(calibration, reader.shape(name)[0])
+    calibration = check_calibration(calibration, reader.shape(name)[0], max_positions(model.config))
     used, places = torch.cat([ids.flatten() for ids in calibration]).unique(return_inverse=True)
     embedding: Any = model.get_submodule(family.embedding)
     table = torch.cat([reader.get(name, slice(token, token + 1)) for token in used.tolist()]).float()

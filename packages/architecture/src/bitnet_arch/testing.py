@@ -57,6 +57,26 @@ def softened(norm: Placement, **more: Any) -> ConversionConfig:
     return ConversionConfig(norm=norm, **more) if norm == "none" else ConversionConfig(norm=norm, softness=1e6, **more)
 
 
+def convert_calibrated(model: PreTrainedModel, config: ConversionConfig, calibration: list[Tensor]) -> PreTrainedModel:
+    """Convert a model, on calibration tokens where the conversion needs them."""
+    return convert_model(model, config, calibration if config.calibrates else None)
+
+
+def assert_equal_up_to_edges(found: Tensor, expected: Tensor) -> None:
+    """Assert that two forwards of one ternary model differ by rounding alone.
+
+    Where an activation lies at a rounding edge, a difference in the last place (another order of a sum, another processor) becomes
+    one in the last int8 code, which moves the token's logits and those of its successors by up to some percent. All others agree.
+
+    Args:
+        found: float logits `[batch, time, vocabulary]`.
+        expected: the same of the other forward.
+    """
+    errors = (found - expected).abs().amax(-1).flatten() / expected.abs().max()
+    assert errors.quantile(0.75) <= 1e-5, f"{int((errors > 1e-5).sum())} of {len(errors)} positions differ"
+    assert errors.max() <= 0.03, f"a position differs by {float(errors.max()):.2g} of the largest logit"
+
+
 def tiny_llama(
     tied: bool = True,
     hidden: int = 256,

@@ -82,21 +82,22 @@ def build_start(config: RunConfig, saved_tokenizer: str | None = None) -> Start:
         raise UserError("training.learning_rate_fp has no effect: a converted model is compared with its original, as it is")
     conversion = config.model.conversion()
     check_family(load_config(source.path), conversion)
-    rows = list(calibration_rows(config.data, tokenizer)) if conversion.calibrates else None
+    rows = list(calibration_rows(config.data, tokenizer, context)) if conversion.calibrates else None
     model = convert_model(load_float_model(source), conversion, rows)
     return Start(model, tokenizer, source.note, source.provenance, source.path)
 
 
-def calibration_rows(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tensor]:
-    """Yield training text as calibration rows, int64 `[1, 512]`, four of them from the sources in turn."""
+def calibration_rows(data: DataConfig, tokenizer: PreTrainedTokenizerFast, context: int | None) -> Iterator[Tensor]:
+    """Yield four rows of training text from the sources in turn, int64 `[1, 512]` or as long as the model's context."""
+    length = min(CALIBRATION_LENGTH, context or CALIBRATION_LENGTH)
     for i in range(CALIBRATION_ROWS):
         ids: list[int] = []
         for text in _training_documents(data, source_index=i % len(data.sources), skip=i // len(data.sources)):
             ids += tokenizer(text).input_ids
-            if len(ids) >= CALIBRATION_LENGTH:
+            if len(ids) >= length:
                 break
         if ids:
-            yield torch.tensor([ids[:CALIBRATION_LENGTH]], dtype=torch.int64)
+            yield torch.tensor([ids[:length]], dtype=torch.int64)
 
 
 def _check_master(model: ModelConfig, directory: Path) -> None:

@@ -1,6 +1,7 @@
 """A GGUF reader that trusts nothing in the file: every count, length and offset is checked before it is used."""
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from bitnet_arch.errors import UserError
 from bitnet_arch.gguf.floats import decode_float, tensor_bytes
 from bitnet_arch.gguf.types import BY_ID, I2_S, Codes, decode_i2_s
+from bitnet_arch.shards import PIECE
 
 MAX_ITEMS = 1 << 24
 MAX_DIMENSIONS = 4
@@ -71,6 +73,18 @@ class GgufFile:
         if len(found) != size:
             raise UserError(f"{self.path} became shorter while it was read: export or download it again")
         return found.reshape(-1, width)
+
+    def pieces(self, name: str, size: int = PIECE) -> Iterator[NDArray[np.uint8]]:
+        """Yield a tensor's bytes as `raw` returns them, in order, some rows of about `size` bytes at a time.
+
+        Raises:
+            UserError: if the file has become shorter since it was parsed.
+        """
+        info = self.tensors[name]
+        count = 1 if info.ggml_id == I2_S else int(np.prod(info.shape[:-1]))
+        step = max(1, size // (info.nbytes // count))
+        for start in range(0, count, step):
+            yield self.raw(name, slice(start, start + step))
 
     def ternary(self, name: str) -> tuple[Codes, NDArray[np.float32]]:
         """Return a matrix of a ternary type as int8 codes in its shape and float32 scales `[rows, blocks]`, of I2_S `[1, 1]`.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitnet_arch.bitlinear import BitLinear
-from bitnet_arch.calibration import check_calibration
+from bitnet_arch.calibration import check_calibration, max_positions
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import family_of
 from bitnet_arch.packed import PackedBitLinear
@@ -197,7 +197,8 @@ def run_blocks(
         UserError: for calibration that `check_calibration` refuses, or a family whose blocks cannot be run one by one.
     """
     family = family_of(model.config)
-    rows = check_calibration(calibration, model.get_submodule(family.embedding).num_embeddings)  # type: ignore[arg-type]
+    embedding: Any = model.get_submodule(family.embedding)
+    rows = check_calibration(calibration, embedding.num_embeddings, max_positions(model.config))
     was_training = model.training
     model.eval()
     try:

@@ -49,6 +49,7 @@ from bitnet_arch.gguf.reader import GgufFile, read_gguf
 from bitnet_arch.gguf.tokenizer import tokenizer_from_gguf
 from bitnet_arch.gguf.types import BF16, BY_ID, F16, I2_S
 from bitnet_arch.gguf.verify import file_differences, plans_as_written
+from bitnet_arch.memory import return_memory
 from bitnet_arch.parity.activations import CODES
 from bitnet_arch.parity.forwards import FORWARDS, PERTURBATIONS, TRAINING, Forward
 from bitnet_arch.parity.layerwise import LayerDifference
@@ -175,10 +176,12 @@ def run_gate(
         raise UserError(f"{gguf_path} cannot be compared with an engine: {why}")
     with open_weights(directory) as reader:
         report_progress("bytes", 0, 1)
+        written = read_gguf(gguf_path)
         differences = file_differences(reader, gguf_path)
+        digests = {"tensors_sha256": tensors_digest(written), "source_sha256": source_digest(reader)}
+        return_memory()
         report_progress("bytes", 1, 1)
         tokenizer = _tokenizer_check(engine, reader, gguf_path)
-        written = read_gguf(gguf_path)
         pairs = PAIRS | (EMBEDDING_PAIRS if engine is not None and quantised_embeddings(written) else {})
         forwards = {n: f for n, f in (forwards or FORWARDS).items() if n in TRAINING or (engine is not None and n in _names(pairs))}
         ids = torch.tensor(windows)
@@ -186,7 +189,6 @@ def run_gate(
         layers = stream.run(bounds.code_edge, lambda done, of: report_progress("layers", done, of))
         measured = _Measured(differences, layers, tokenizer, engine is not None)
         measured.comparisons = _compare(stream, engine, pairs, ids, report_progress)
-        digests = {"tensors_sha256": tensors_digest(written), "source_sha256": source_digest(reader)}
         details = digests | {"context": ids.shape[1] - 1}
         sliding = getattr(reader.model_config, "sliding_window", None) or 0
         if sliding >= ids.shape[1] - 1:

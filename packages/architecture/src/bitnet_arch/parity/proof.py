@@ -8,7 +8,6 @@ import torch
 from bitnet_arch.gguf.reader import GgufFile, read_gguf
 from bitnet_arch.weights import WeightReader
 
-CHUNK = 1 << 24
 PREFIX = "wrinklefree.parity."
 
 
@@ -17,9 +16,8 @@ def tensors_digest(file: GgufFile) -> str:
     digest = hashlib.sha256()
     for name, info in file.tensors.items():
         digest.update(f"{name} {info.ggml_id} {info.shape}\n".encode())
-        data = file.raw(name).reshape(-1).view("uint8")
-        for start in range(0, len(data), CHUNK):
-            digest.update(data[start : start + CHUNK].tobytes())
+        for piece in file.pieces(name):
+            digest.update(piece.tobytes())
     return digest.hexdigest()
 
 

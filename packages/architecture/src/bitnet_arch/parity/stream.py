@@ -17,6 +17,7 @@ from bitnet_arch.errors import UserError
 from bitnet_arch.families import family_of
 from bitnet_arch.gguf.floats import decode_float, encode_float
 from bitnet_arch.gguf.types import F16
+from bitnet_arch.memory import return_memory
 from bitnet_arch.norm import SubLN
 from bitnet_arch.packed import PackedBitLinear, PackedBitLinearLRC
 from bitnet_arch.parity.activations import BY_WEIGHT_TYPE
@@ -86,6 +87,7 @@ class LayerStream:
         found, layers = LayerDifference(), len(self._blocks())
         for index in range(layers):
             found = found.merge(self._advance(index, code_edge))
+            return_memory()
             if progress:
                 progress(index + 1, layers)
         return found
