@@ -7,8 +7,10 @@ from dataclasses import replace
 from multiprocessing import get_context
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
-from data_handler import PackedStream, SourceConfig, UserError, load_config
+from data_handler import PackedStream, SourceConfig, UserError, documents, load_config
 from data_handler.cache import cache_directory, tokenised
 from data_handler.encoding import Encoder, encode
 from data_handler.tokenizer import train_tokenizer
@@ -185,6 +187,66 @@ def test_after_a_repair_nothing_is_read_again(batch, encoder, tmp_path, monkeypa
     assert encoder.seen == texts
     assert tokens(corpus) == [ids.tolist() for ids in encode(texts, encoder.tokenizer)]
     assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def write_parquet(path, texts):
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=50)
+
+
+def overwritten(content):
+    return content[: len(content) // 2] + b"\xff" * (len(content) // 4) + content[len(content) * 3 // 4 :]
+
+
+def cut(content):
+    return content[: len(content) // 2]
+
+
+def no_utf8(content):
+    return content.replace(b"document 150", b"document \xff")
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage", "message", "least"),
+    [
+        pytest.param("parquet", overwritten, r"b\.parquet cannot be read as Parquet after row \d+", 150, id="damaged row group"),
+        pytest.param("parquet", cut, r"b\.parquet cannot be read as Parquet after row 0", 100, id="truncated Parquet"),
+        pytest.param("text", no_utf8, r"b\.txt cannot be read as UTF-8 text after byte \d+", 1, id="text"),
+    ],
+)
+def test_after_a_repair_of_another_kind_of_file_nothing_is_read_again(kind, damage, message, least, encoder, tmp_path, monkeypatch):
+    """All files share a part of the cache; what was read of the damaged one, and of the sound one before it, is kept."""
+    monkeypatch.setattr("data_handler.sources.files.PARQUET_ROWS", 16)
+    texts = [f"document {i} " + str(zlib.crc32(b"%d" % i)) * (i % 5) for i in range(300)]
+    suffix = {"parquet": ".parquet", "text": ".txt"}[kind]
+    for name, part in (("a", texts[:100]), ("b", texts[100:])):
+        path = tmp_path / f"{name}{suffix}"
+        write_parquet(path, part) if kind == "parquet" else path.write_text("\n\n".join(part))
+    sound = path.read_bytes()
+    path.write_bytes(damage(sound))
+    source = SourceConfig(name="s", kind=kind, path=str(tmp_path))
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"source s: .*{message}"):
+            tokenised(source, encoder, tmp_path / "cache")
+    assert least <= len(encoder.seen) < 300
+    path.write_bytes(sound)
+    tokenised(source, encoder, tmp_path / "cache")
+    assert encoder.seen == list(documents(source))
+
+
+def test_a_repaired_table_that_begins_otherwise_is_read_anew(encoder, tmp_path):
+    texts = [f"document {i} " + str(zlib.crc32(b"%d" % i)) * (i % 5) for i in range(300)]
+    path = tmp_path / "a.parquet"
+    write_parquet(path, texts)
+    path.write_bytes(overwritten(path.read_bytes()))
+    source = SourceConfig(name="s", kind="parquet", path=str(path))
+    with pytest.raises(UserError, match="after row"):
+        tokenised(source, encoder, tmp_path / "cache")
+    before = len(encoder.seen)
+    assert before >= 50
+    changed = ["another beginning", *texts[1:]]
+    write_parquet(path, changed)
+    tokenised(source, encoder, tmp_path / "cache")
+    assert encoder.seen[before:] == changed
 
 
 def test_a_repair_that_changes_the_beginning_reads_it_anew(encoder, tmp_path):

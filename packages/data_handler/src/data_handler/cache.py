@@ -170,7 +170,7 @@ class _Builder:
     def _keep(self, number: int, position: int) -> None:
         """Note how far reading came."""
         stamps = [self.shards[i].stamp for i in self.group[:number]]
-        prefix = self.reader.prefix(self.group[number], position)
+        prefix = self._prefix(number, position)
         (self.partial / "kept.json").write_text(json.dumps([stamps, position, prefix]))
 
     def _kept(self) -> tuple[int, int]:
@@ -179,12 +179,16 @@ class _Builder:
             stamps, position, prefix = json.loads((self.partial / "kept.json").read_text())
             number = len(stamps)
             same = stamps == [self.shards[i].stamp for i in self.group[:number]]
-            if same and prefix is not None and self.reader.prefix(self.group[number], position) == prefix:
+            if same and prefix is not None and self._prefix(number, position) == prefix:
                 return number, position
         except (OSError, ValueError, UserError, IndexError):
             pass
         shutil.rmtree(self.partial, ignore_errors=True)
         return 0, 0
+
+    def _prefix(self, number: int, position: int) -> str | None:
+        """Return what tells whether a shard still begins as it did; of one that nothing was read of, that needs no look."""
+        return self.reader.prefix(self.group[number], position) if position else ""
 
     def _content_digest(self) -> str:
         digest = blake2b(digest_size=16)

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -154,16 +155,30 @@ class ParquetReader(FileReader):
             where = f"source {self.source.name}: {path}"
             raise UserError(f"{where} cannot be read as Parquet after row {at} ({reason}): replace it") from None
 
+    def prefix(self, shard: int, position: int) -> str | None:
+        """Return a digest of the columns' values in the first `position` rows; None if there are not as many, or no rows."""
+        import pyarrow.parquet
+
+        digest, left = blake2b(digest_size=16), position
+        try:
+            with pyarrow.parquet.ParquetFile(self.paths()[shard]) as file:
+                for row in islice(self._rows(file, 0), position):
+                    digest.update(repr(row).encode("utf-8", "surrogatepass"))
+                    left -= 1
+        except (OSError, pyarrow.ArrowException):
+            return None
+        return None if left else digest.hexdigest()
+
     def _rows(self, file: Any, start: int) -> Iterator[dict[str, object]]:
-        """Yield rows from `start` on; a row group before it is not read."""
-        first, group = 0, 0
-        while group < file.num_row_groups and first + file.metadata.row_group(group).num_rows <= start:
-            first += file.metadata.row_group(group).num_rows
-            group += 1
-        groups = list(range(group, file.num_row_groups))
-        for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=list(self.source.columns)):
-            yield from batch.slice(max(0, start - first)).to_pylist()
-            first += len(batch)
+        """Yield rows from `start` on; a row group before it is not read, and no batch crosses into another group."""
+        first = 0
+        for group in range(file.num_row_groups):
+            behind = first + file.metadata.row_group(group).num_rows
+            if behind > start:
+                for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=list(self.source.columns)):
+                    yield from batch.slice(max(0, start - first)).to_pylist()
+                    first += len(batch)
+            first = behind
 
 
 def line_at(path: Path, at: int) -> str:
