@@ -10,6 +10,7 @@ the recipe of its language-model example) and `litdata` (`optimize`, `TokensLoad
 """
 
 import gc
+import gzip
 import json
 import os
 import resource
@@ -18,6 +19,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,11 +29,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread for every
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 from bitnet_arch import load_tokenizer, resolve_pretrained
 from data_handler import BatchLoader, DataConfig, PackedStream, SourceConfig, documents, load_config
 from data_handler.corpus import Corpus, Part
 from data_handler.packing import Store
+from data_handler.sources import Reader, Record, open_source
 from report import bar, finish, interleaved, median_ratio, parser
 from torch.utils.data import DataLoader
 
@@ -38,6 +44,17 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LENGTH, ROWS, EPOCHS = 1024, 8, 4
 NEAR, FAR = 1_000, 10_000_000
 LONG_RUN, SAMPLES = 10_000_000, 10
+PIECE, GROUP_ROWS, SHARD_GROUPS = 200, 8192, 30
+"""Characters of a document, documents of a row group, and row groups of the shard that is entered late."""
+SHARDS = (
+    ("JSONL", "jsonl", "a.jsonl", True),
+    ("Parquet", "parquet", "a.parquet", True),
+    ("hub Parquet", "hub", "train.parquet", True),
+    ("hub JSONL", "hub", "train.jsonl", False),
+    ("gzip JSONL", "jsonl", "a.jsonl.gz", False),
+    ("zstd JSONL", "jsonl", "a.jsonl.zst", False),
+)
+"""Label, kind, file, and whether a position is entered without reading what lies before it."""
 
 
 class Work:
@@ -267,6 +284,51 @@ def resuming(work: Work, rounds: int) -> tuple[list[dict[str, Any]], list[dict[s
     return rows, [bar(f"resume time, sample {FAR:,} / sample {NEAR:,}", ratio, "<=", 1.5)]
 
 
+def entering(work: Work, rounds: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the time from a position in a shard to the next record: early and late in a file of short documents."""
+    with work.text.open() as file:
+        whole = "".join(json.loads(line)["text"] for line in file)
+    each = [whole[start : start + PIECE] for start in range(0, len(whole), PIECE)]
+    texts = [f"{i} {each[i % len(each)]}" for i in range(SHARD_GROUPS * GROUP_ROWS)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    table = pyarrow.table({"text": texts})
+    rows, bars = [], []
+    for label, kind, name, indexed in SHARDS:
+        folder = work.folder / label.replace(" ", "-")
+        folder.mkdir()
+        path = folder / name
+        if path.suffix == ".parquet":
+            pyarrow.parquet.write_table(table, path, row_group_size=GROUP_ROWS)
+        else:
+            packed = {".gz": gzip.compress, ".zst": partial(pyarrow.compress, codec="zstd", asbytes=True)}.get(path.suffix, bytes)
+            path.write_bytes(packed(lines))
+        place = {"dataset": str(folder)} if kind == "hub" else {"path": str(path)}
+        reader = open_source(SourceConfig(name=label, kind=kind, **place))
+        places = [at for at, _ in reader.read(0)]
+        wanted = {"early": places[NEAR], "late": places[NEAR - GROUP_ROWS]}  # equally deep in a row group
+        runs = {where: partial(next, _Fresh(reader, at)) for where, at in wanted.items()}
+        seconds = interleaved(runs, rounds)
+        rows += [{"what": f"enter {label}, {w}", "value": 1e3 * statistics.median(seconds[w]), "unit": "ms"} for w in wanted]
+        ratio = median_ratio(seconds["late"], seconds["early"])
+        if indexed:
+            bars.append(bar(f"time to enter {label}, late / early", ratio, "<=", 1.5))
+        else:
+            rate = len(lines) / 1e6 / statistics.median(seconds["late"])
+            rows.append({"what": f"enter {label}, late: content passed over", "value": rate, "unit": "MB/s"})
+    return rows, bars
+
+
+class _Fresh:
+    """An iterator whose every item is the first record of a new reading."""
+
+    def __init__(self, reader: Reader, start: int) -> None:
+        self.reader, self.start = reader, start
+
+    def __next__(self) -> Record:
+        with closing(self.reader.read(0, self.start)) as found:  # type: ignore[type-var]
+            return next(found)[1]
+
+
 def packing(work: Work) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the share of positions used over an epoch, packed and one document a row."""
     rows, bars = [], []
@@ -296,6 +358,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Work(Path(folder), chosen.megabytes)
         parts = [throughput(work, chosen.rounds), packing(work), memory(work), resuming(work, chosen.rounds)]
+        parts.append(entering(work, chosen.rounds))
     rows = [row for part in parts for row in part[0]]
     bars = [line for part in parts for line in part[1]]
     title = f"{work.tokens:,} tokens of {work.documents:,} documents, rows of {LENGTH}"

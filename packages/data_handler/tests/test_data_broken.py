@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections import Counter
 from itertools import islice
 
@@ -9,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from data_handler import BatchLoader, DataConfig, PackedStream, SourceConfig, UserError, documents
+from data_handler.sources import open_source
 
 TEXTS = [f"document {i} " + "x" * (i % 30) for i in range(120)]
 
@@ -113,14 +115,21 @@ def test_a_repaired_source_goes_on_where_it_stopped(case, workers, loader, tmp_p
         ("jsonl", "a.jsonl.gz", r"a\.jsonl\.gz ends after \d+ bytes, before the position \d+"),
         ("parquet", "a.parquet", r"a\.parquet ends after 10 rows, before the position \d+"),
         ("text", "a.txt", r"a\.txt ends after \d+ characters, before the position \d+"),
+        ("hub", "h/train.parquet", r"h, shard 0 ends after \d+ row groups, before the position \d+"),
     ],
 )
 def test_a_source_that_ends_before_the_position_is_named(kind, name, message, loader, tmp_path, monkeypatch):
     monkeypatch.setattr("data_handler.sources.files.cut_text.__defaults__", (100,))
-    puts = {"parquet": write_parquet, "jsonl": write, "text": lambda path, texts: path.write_text("\n\n".join(texts))}
+    puts = {
+        "parquet": write_parquet,
+        "hub": write_parquet,
+        "jsonl": write,
+        "text": lambda path, texts: path.write_text("\n\n".join(texts)),
+    }
     put, path = puts[kind], tmp_path / name
     put(path, TEXTS)
-    source = SourceConfig(name="s", kind=kind, path=str(path), streaming=True, shuffle_buffer=8)
+    place = {"dataset": str(path.parent)} if kind == "hub" else {"path": str(path), "streaming": True}
+    source = SourceConfig(name="s", kind=kind, shuffle_buffer=8, **place)
     first = loader(source)
     list(islice(first, 20))
     again = loader(source)
@@ -130,6 +139,51 @@ def test_a_source_that_ends_before_the_position_is_named(kind, name, message, lo
         next(iter(again))
     put(path, TEXTS)
     assert next(iter(again))["input_ids"].equal(next(iter(first))["input_ids"])
+
+
+def overwritten(path, share):
+    """Destroy the content of a file up to a share of it, but for Parquet's magic number at the beginning."""
+    content = bytearray(path.read_bytes())
+    end = int(len(content) * share)
+    content[4:end] = b"\xff" * (end - 4)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "entered"),
+    [
+        ("jsonl", "a.jsonl", True),
+        ("parquet", "a.parquet", True),
+        ("hub", "train.parquet", True),
+        ("jsonl", "a.jsonl.gz", False),
+        ("jsonl", "a.jsonl.zst", False),
+        ("hub", "train.jsonl", False),
+    ],
+)
+def test_what_lies_before_the_position_is_not_read_where_a_shard_can_be_entered(kind, name, entered, tmp_path):
+    """The file is destroyed up to its middle; what comes later is read all the same, unless it can only be reached through that."""
+    path = tmp_path / "h" / name
+    texts = [f"{text} {zlib.crc32(text.encode())}" for text in TEXTS * 20]
+    if name.endswith(".zst"):
+        path.parent.mkdir()
+        path.write_bytes(zstd("".join(json.dumps({"text": text}) + "\n" for text in texts).encode()))
+    else:
+        (write_parquet if name.endswith(".parquet") else write)(path, texts)
+    source = SourceConfig(name="s", kind=kind, **({"dataset": str(path.parent)} if kind == "hub" else {"path": str(path)}))
+    reader = open_source(source)
+    places = list(reader.read(0))
+    assert [record.text for _, record in places] == texts
+    for number in (0, 7, 8, 1900):
+        assert list(reader.read(0, places[number][0])) == places[number + 1 :]
+    overwritten(path, 0.5)
+    again = reader.read(0, places[1900][0])
+    if entered:
+        assert list(again) == places[1901:]
+    else:
+        with pytest.raises(UserError, match=r"^source s: .* (cannot be read|ends) after"):
+            list(again)
+    with pytest.raises(UserError, match=r"^source s: "):  # control: it is destroyed
+        list(reader.read(0))
 
 
 @pytest.mark.parametrize(
@@ -155,8 +209,6 @@ def test_zstd_files_are_read_like_the_others_and_entered_in_their_middle(tmp_pat
     path.write_bytes(zstd(content[:3000]) + zstd(content[3000:]))  # two frames, as appending gives
     source = SourceConfig(name="s", kind="jsonl", path=str(path))
     assert list(documents(source)) == TEXTS
-    from data_handler.sources import open_source
-
     places = list(open_source(source).read(0))
     for number in (0, 1, 60, 118):
         rest = [record.text for _, record in open_source(source).read(0, places[number][0])]

@@ -1,17 +1,26 @@
 """Data sets of the hub, streamed; a local folder of Parquet or JSONL files goes the same way."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_handler.config import SourceConfig
 from data_handler.errors import UserError
+from data_handler.sources.files import ends_early
 from data_handler.sources.reader import Record, Shard, missing_column, record_of
+
+GROUP = 1 << 32
+"""A position is (row group of the shard) * GROUP + (rows of it before); a shard without row groups is one group."""
+BATCH_ROWS = 1024
 
 
 class HubReader:
-    """A data set as `datasets` streams it; a position counts rows of one of its shards."""
+    """A data set as `datasets` streams it.
+
+    A shard is entered at its row group where it has any (Parquet): nothing before that is read. In the group rows are passed over
+    as Arrow tables, without making Python values of them. A shard of another format is one group.
+    """
 
     def __init__(self, source: SourceConfig) -> None:
         self.source = source
@@ -27,31 +36,45 @@ class HubReader:
         return [Shard(f"{name}, shard {i}", 1, "") for i in range(self._opened().num_shards)]
 
     def read(self, shard: int, start: int = 0) -> Iterator[tuple[int, Record]]:
-        """Yield the rows of a shard (see `Reader.read`); rows before `start` are read and thrown away."""
-        stream, at = self._opened(), start
+        """Yield the rows of a shard (see `Reader.read`)."""
+        stream, (first, skipped) = self._opened(), divmod(start, GROUP)
         where = f"{self.source.dataset}, shard {shard}"
         if stream.num_shards > 1:
             stream = stream.shard(num_shards=stream.num_shards, index=shard)
-        rows = iter(stream.skip(start) if start else stream)
-        while True:
-            try:
-                row = next(rows, None)
-            except Exception as error:  # every transport and builder has its own types; the reason is passed on
-                raise UserError(
-                    f"source {self.source.name}: {where} cannot be read after row {at} ({_reason(error)}): "
-                    "check the network or replace the file, and resume"
-                ) from None
-            if row is None:
-                return
-            at += 1
-            record = record_of(row, self.source, partial("{}, row {}".format, where, at))
-            if record is not None:
-                yield at, record
+        groups = self._guarded(stream.reshard, where)
+        count = groups.num_shards
+        for group in range(first, count):
+            place, rows, at = where, groups, 0
+            if count > 1:
+                place, rows = f"{where}, row group {group}", groups.shard(num_shards=count, index=group)
+            tables = rows.with_format("arrow").iter(BATCH_ROWS)
+            while (table := self._guarded(partial(next, tables, None), place, at)) is not None:
+                kept = table.slice(max(0, skipped - at))
+                at += len(table) - len(kept)
+                for row in kept.to_pylist():
+                    at += 1
+                    record = record_of(row, self.source, partial("{}, row {}".format, place, at))
+                    if record is not None:
+                        yield group * GROUP + at, record
+            if at < skipped:
+                raise ends_early(self.source, place, at, skipped, "rows")
+            skipped = 0
+        if first >= count and start:
+            raise ends_early(self.source, where, count, first, "row groups")
 
     def prefix(self, shard: int, position: int) -> str | None:
         """Return None: nothing is known of a part of a shard."""
         del shard, position
         return None
+
+    def _guarded(self, get: Callable[[], Any], where: str, at: int = 0) -> Any:
+        try:
+            return get()
+        except Exception as error:  # every transport and builder has its own types; the reason is passed on
+            raise UserError(
+                f"source {self.source.name}: {where} cannot be read after row {at} ({_reason(error)}): "
+                "check the network or replace the file, and resume"
+            ) from None
 
     def _opened(self) -> Any:
         if self._stream is not None:
