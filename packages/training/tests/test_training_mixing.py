@@ -425,7 +425,7 @@ sys.exit(main())
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("mixture", [ODM, INFLUENCE], ids=["odm", "influence"])
+@pytest.mark.parametrize("mixture", [ODM, INFLUENCE, AIOLI], ids=["odm", "influence", "aioli"])
 def test_two_processes_decide_as_one_does(mixture, base, arm, tmp_path):
     result, single, _ = arm(mixture)
     (tmp_path / "train.py").write_text(UNPROVEN)
