@@ -29,10 +29,14 @@ def loader(byte_tokenizer):
     return make
 
 
+def zstd(data):
+    return pyarrow.compress(data, codec="zstd", asbytes=True)
+
+
 def write(path, texts):
     path.parent.mkdir(exist_ok=True)
     content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    path.write_bytes({".gz": gzip.compress, ".zst": zstd}.get(path.suffix, bytes)(content))
 
 
 def write_parquet(path, texts):
@@ -44,8 +48,18 @@ def damage_jsonl(path):
     path.write_bytes(path.read_bytes().replace(b"document 45 ", b"document \xff "))
 
 
+def wrong_column(path):
+    path.write_bytes(path.read_bytes().replace(b'"text": "document 45 ', b'"body": "document 45 '))
+
+
 def damage_gz(path):
     path.write_bytes(path.read_bytes()[:-60])
+
+
+def corrupt(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 :] = bytes(byte ^ 0x55 for byte in content[len(content) // 2 :])
+    path.write_bytes(content)
 
 
 def damage_parquet(path):
@@ -62,6 +76,15 @@ def truncate(path):
 CASES = {
     "invalid UTF-8": ("jsonl", "b.jsonl", damage_jsonl, r"b\.jsonl:6 \(byte \d+\) is not UTF-8"),
     "a cut gzip file": ("jsonl", "b.jsonl.gz", damage_gz, r"b\.jsonl\.gz cannot be read after byte \d+ \(.*end-of-stream"),
+    "a corrupt gzip file": ("jsonl", "b.jsonl.gz", corrupt, r"b\.jsonl\.gz cannot be read after byte \d+ \("),
+    "a cut zstd file": ("jsonl", "b.jsonl.zst", damage_gz, r"b\.jsonl\.zst cannot be read after byte \d+ \("),
+    "a wrong column": (
+        "jsonl",
+        "b.jsonl",
+        wrong_column,
+        r"b\.jsonl:6 \(byte \d+\) has no column 'text': set text_column to one of body",
+    ),
+    "a damaged shard of the hub": ("hub", "b.parquet", damage_parquet, r"d, shard 1(, row group \d)? cannot be read after row \d+"),
     "a cut line": ("jsonl", "b.jsonl", truncate, r"b\.jsonl:\d+ \(byte \d+\) is not JSON"),
     "damaged Parquet": ("parquet", "b.parquet", damage_parquet, r"b\.parquet cannot be read as Parquet after row \d+"),
     "truncated Parquet": ("parquet", "b.parquet", truncate, r"b\.parquet cannot be read as Parquet after row 0"),
@@ -72,7 +95,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_repaired_source_goes_on_where_it_stopped(case, workers, loader, tmp_path, byte_tokenizer):
     kind, name, damage, message = CASES[case]
-    put = write_parquet if kind == "parquet" else write
+    put = write_parquet if name.endswith(".parquet") else write
     suffix = "".join((tmp_path / name).suffixes)
     files = {
         tmp_path / "d" / f"a{suffix}": TEXTS[:40],
@@ -81,7 +104,8 @@ def test_a_repaired_source_goes_on_where_it_stopped(case, workers, loader, tmp_p
     }
     for path, texts in files.items():
         put(path, texts)
-    source = SourceConfig(name="s", kind=kind, path=str(tmp_path / "d"), streaming=True, shuffle_buffer=8)
+    place = {"dataset": str(tmp_path / "d")} if kind == "hub" else {"path": str(tmp_path / "d"), "streaming": True}
+    source = SourceConfig(name="s", kind=kind, shuffle_buffer=8, **place)
     whole = list(islice(loader(source), 80))
     damage(tmp_path / "d" / name)
     broken, batches = loader(source, workers), []
@@ -164,11 +188,7 @@ def test_what_lies_before_the_position_is_not_read_where_a_shard_can_be_entered(
     """The file is destroyed up to its middle; what comes later is read all the same, unless it can only be reached through that."""
     path = tmp_path / "h" / name
     texts = [f"{text} {zlib.crc32(text.encode())}" for text in TEXTS * 20]
-    if name.endswith(".zst"):
-        path.parent.mkdir()
-        path.write_bytes(zstd("".join(json.dumps({"text": text}) + "\n" for text in texts).encode()))
-    else:
-        (write_parquet if name.endswith(".parquet") else write)(path, texts)
+    (write_parquet if name.endswith(".parquet") else write)(path, texts)
     source = SourceConfig(name="s", kind=kind, **({"dataset": str(path.parent)} if kind == "hub" else {"path": str(path)}))
     reader = open_source(source)
     places = list(reader.read(0))
@@ -191,16 +211,9 @@ def test_what_lies_before_the_position_is_not_read_where_a_shard_can_be_entered(
 )
 @pytest.mark.parametrize("streaming", [False, True])
 def test_an_empty_source_is_named(kind, name, streaming, loader, tmp_path):
-    if name.endswith(".zst"):
-        (tmp_path / name).write_bytes(zstd(b""))
-    else:
-        (write_parquet if kind == "parquet" else write)(tmp_path / name, [" "])
+    (write_parquet if kind == "parquet" else write)(tmp_path / name, [" "])
     with pytest.raises(UserError, match=r"^source s (is empty|has no document for training): give it at least one document"):
         next(iter(loader(SourceConfig(name="s", kind=kind, path=str(tmp_path / name), streaming=streaming))))
-
-
-def zstd(data):
-    return pyarrow.compress(data, codec="zstd", asbytes=True)
 
 
 def test_zstd_files_are_read_like_the_others_and_entered_in_their_middle(tmp_path):

@@ -14,6 +14,7 @@ from data_handler.influence.gradients import math_attention
 from torch import nn
 from torch.func import functional_call, jvp
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
 COUNT, LENGTH = 7, 12
 
@@ -61,6 +62,41 @@ def test_gradients_are_those_of_one_backward_pass_an_example(models, examples, k
     torch.testing.assert_close(found.values, expected, rtol=1e-4, atol=1e-6)
     assert [layer.name for layer in found.layers] == [name for name, _ in model.named_parameters()]
     assert found.layers[-1].stop == sum(p.numel() for p in model.parameters())
+
+
+SMALL = {"vocab_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
+FAMILIES = {
+    "qwen2": {**SMALL, "intermediate_size": 48},
+    "qwen3": {**SMALL, "intermediate_size": 48, "head_dim": 8},
+    "mistral": {**SMALL, "intermediate_size": 48, "sliding_window": None},
+    "gemma3_text": {**SMALL, "intermediate_size": 48, "head_dim": 8},
+    "gpt2": {"vocab_size": 64, "n_layer": 3, "n_head": 4, "n_embd": 32},
+    "gpt_neox": {**SMALL, "intermediate_size": 48},
+    "opt": {
+        "vocab_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoders_of_other_families_have_their_gradients_and_embeddings(family, examples):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **FAMILIES[family], pad_token_id=None, bos_token_id=None, eos_token_id=None)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    source = PerSampleGradients(model, layers=["*"])
+    found = source.collect(examples)
+    expected = textbook(model, examples["input_ids"], examples["labels"], source.names)
+    torch.testing.assert_close(found.values, expected, rtol=1e-4, atol=1e-5)
+    embeddings = jvp_embeddings(source, examples, blocks=2)
+    assert embeddings.shape == (COUNT, 64)
+    assert torch.isfinite(embeddings).all()
+    assert torch.linalg.matrix_rank(embeddings) == COUNT
 
 
 def test_a_straight_through_gradient_is_not_that_of_the_float_model(models, examples):
