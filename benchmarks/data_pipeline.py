@@ -307,7 +307,7 @@ def entering(work: Work, rounds: int) -> tuple[list[dict[str, Any]], list[dict[s
         places = [at for at, _ in reader.read(0)]
         wanted = {"early": places[NEAR], "late": places[NEAR - GROUP_ROWS]}  # equally deep in a row group
         runs = {where: partial(next, _Fresh(reader, at)) for where, at in wanted.items()}
-        seconds = interleaved(runs, rounds)
+        seconds = interleaved(runs, 5 * rounds)
         rows += [{"what": f"enter {label}, {w}", "value": 1e3 * statistics.median(seconds[w]), "unit": "ms"} for w in wanted]
         ratio = median_ratio(seconds["late"], seconds["early"])
         if indexed:

@@ -135,21 +135,12 @@ class ParquetReader(FileReader):
 
     def read(self, shard: int, start: int = 0) -> Iterator[tuple[int, Record]]:
         """Yield the rows of a file (see `Reader.read`); null ones are left out."""
-        import pyarrow.parquet  # type: ignore[import-untyped]  # a second to load, wanted by this source only
+        import pyarrow  # type: ignore[import-untyped]  # a second to load, wanted by this source only
 
         path, at = self.paths()[shard], start
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                for column in self.source.columns:
-                    if column not in file.schema_arrow.names:
-                        raise missing_column(self.source, path, file.schema_arrow.names, column)
-                if start > file.metadata.num_rows:
-                    raise ends_early(self.source, path, file.metadata.num_rows, start, "rows")
-                for row in self._rows(file, start):
-                    at += 1
-                    record = record_of(row, self.source, partial("{}, row {}".format, path, at))
-                    if record is not None:
-                        yield at, record
+            for at, record in parquet_records(path, self.source, path, start):
+                yield at, record
         except (OSError, pyarrow.ArrowException) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             where = f"source {self.source.name}: {path}"
@@ -157,28 +148,55 @@ class ParquetReader(FileReader):
 
     def prefix(self, shard: int, position: int) -> str | None:
         """Return a digest of the columns' values in the first `position` rows; None if there are not as many, or no rows."""
-        import pyarrow.parquet
+        import pyarrow.parquet  # type: ignore[import-untyped]
 
         digest, left = blake2b(digest_size=16), position
         try:
             with pyarrow.parquet.ParquetFile(self.paths()[shard]) as file:
-                for row in islice(self._rows(file, 0), position):
+                for row in islice(parquet_rows(file, self.source.columns, 0), position):
                     digest.update(repr(row).encode("utf-8", "surrogatepass"))
                     left -= 1
         except (OSError, pyarrow.ArrowException):
             return None
         return None if left else digest.hexdigest()
 
-    def _rows(self, file: Any, start: int) -> Iterator[dict[str, object]]:
-        """Yield rows from `start` on; a row group before it is not read, and no batch crosses into another group."""
-        first = 0
-        for group in range(file.num_row_groups):
-            behind = first + file.metadata.row_group(group).num_rows
-            if behind > start:
-                for batch in file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=list(self.source.columns)):
-                    yield from batch.slice(max(0, start - first)).to_pylist()
-                    first += len(batch)
-            first = behind
+
+def parquet_records(file: Any, source: SourceConfig, where: object, start: int) -> Iterator[tuple[int, Record]]:
+    """Yield (rows up to it, record) of a Parquet file from row `start` on.
+
+    Args:
+        file: a path, or an open binary file.
+        source: says which columns.
+        where: the file's name, for messages.
+        start: rows to pass over; row groups before that are not read.
+
+    Raises:
+        UserError: if a column is missing or holds something else, or the file ends before `start`.
+    """
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file, pre_buffer=True) as table:  # one request a row group, of a remote file
+        for column in source.columns:
+            if column not in table.schema_arrow.names:
+                raise missing_column(source, where, table.schema_arrow.names, column)
+        if start > table.metadata.num_rows:
+            raise ends_early(source, where, table.metadata.num_rows, start, "rows")
+        for at, row in enumerate(parquet_rows(table, source.columns, start), start + 1):
+            record = record_of(row, source, partial("{}, row {}".format, where, at))
+            if record is not None:
+                yield at, record
+
+
+def parquet_rows(table: Any, columns: Sequence[str], start: int) -> Iterator[dict[str, object]]:
+    """Yield an open Parquet file's rows from `start` on; a row group before it is not read, and no batch crosses into another."""
+    first = 0
+    for group in range(table.num_row_groups):
+        behind = first + table.metadata.row_group(group).num_rows
+        if behind > start:
+            for batch in table.iter_batches(PARQUET_ROWS, row_groups=[group], columns=list(columns), use_threads=False):
+                yield from batch.slice(max(0, start - first)).to_pylist()
+                first += len(batch)
+        first = behind
 
 
 def line_at(path: Path, at: int) -> str:
