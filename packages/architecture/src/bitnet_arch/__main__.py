@@ -15,6 +15,7 @@ from bitnet_arch.calibration import max_positions
 from bitnet_arch.checkpoint import check_head, load_tokenizer
 from bitnet_arch.configs import load_config
 from bitnet_arch.convert import ConversionConfig
+from bitnet_arch.diffusion import DIFFUSION_KEY
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import FAMILIES, PREFIX
 from bitnet_arch.hub import write_model_card
@@ -185,6 +186,7 @@ def _info(arguments: argparse.Namespace) -> None:
             "model_type": reader.config["model_type"],
             "form": reader.form,
             "scale_convention": reader.linear_class if reader.form == "packed" else None,
+            "diffusion": reader.config.get(DIFFUSION_KEY),
             "tensors": len(reader.keys()),
             "bytes": sum(f.stat().st_size for f in Path(arguments.directory).glob("*.safetensors")),
         }

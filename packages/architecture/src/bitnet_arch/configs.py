@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from bitnet_arch.diffusion import diffusion_of
 from bitnet_arch.errors import UserError
 
 SIZES = (
@@ -84,6 +85,10 @@ def load_config(directory: Path | str) -> PreTrainedConfig:
             f"{where} describes no model that transformers knows ({short_reason(error)}): mend it or use another model"
         ) from None
     check_shape(config, where)
+    try:
+        diffusion_of(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     return config
 
 

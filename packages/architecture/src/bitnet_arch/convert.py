@@ -9,7 +9,7 @@ without added norms stays what it is. Everything else becomes a model in our own
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol, get_args
 
@@ -21,6 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from bitnet_arch.bitlinear import BitLinear
 from bitnet_arch.calibration import check_calibration, max_positions
 from bitnet_arch.configs import check_shape, quantization_block
+from bitnet_arch.diffusion import DIFFUSION_KEY, diffusion_of
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import checked_names, family_of, linear_layer, norm_epsilon, quantized_names
 from bitnet_arch.hadamard import block_size, rotate
@@ -380,7 +381,7 @@ def replace_linears(model: PreTrainedModel) -> PreTrainedModel:
 def bitnet_config_from_llama(config: LlamaConfig) -> BitNetConfig:
     """Return the stock BitNet configuration of a SubLN'd Llama without biases whose heads fill its width."""
     heads = config.num_attention_heads
-    return BitNetConfig(
+    bitnet = BitNetConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -400,6 +401,9 @@ def bitnet_config_from_llama(config: LlamaConfig) -> BitNetConfig:
         rope_parameters=dict(config.rope_parameters or {}),
         dtype=config.dtype,
     )
+    if (diffusion := diffusion_of(config)) is not None:
+        setattr(bitnet, DIFFUSION_KEY, asdict(diffusion))
+    return bitnet
 
 
 def _plan_bitnet(config: PreTrainedConfig, conversion: ConversionConfig, source: Source, measure: Measure) -> ConversionPlan:

@@ -11,6 +11,7 @@ import numpy as np
 from transformers.configuration_utils import PreTrainedConfig
 
 from bitnet_arch.checkpoint import check_layers, skeleton
+from bitnet_arch.diffusion import diffusion_of
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import base_type
 from bitnet_arch.gguf.names import FAMILY_NAMES
@@ -41,6 +42,8 @@ def slides(config: Any) -> list[bool]:
 
 
 def _no_stock_form(config: Any) -> str | None:
+    if diffusion_of(config) is not None:
+        return "is a diffusion model, whose attention no stock architecture computes"
     form = form_of(config)
     if form is not None and form.lrc_rank:
         return "has a low-rank correction (LRC), which no stock architecture holds"
@@ -216,6 +219,9 @@ def _our_keys(config: Any) -> dict[str, Any]:
         "post_norms": gemma,
         "embedding_scale": float(config.hidden_size) ** 0.5 if gemma else 1.0,
     }
+    if (diffusion := diffusion_of(config)) is not None:
+        keys |= {"diffusion.mask_token_id": diffusion.mask_token_id, "diffusion.token_shift": diffusion.token_shift}
+        keys |= {} if diffusion.block_size is None else {"diffusion.block_size": diffusion.block_size}
     if form.lrc_rank:
         keys["lrc.rank"] = form.lrc_rank
     if cap := getattr(config, "final_logit_softcapping", None):

@@ -16,6 +16,7 @@ from bitnet_arch.bitlinear import LAMBDA_KEY
 from bitnet_arch.checkpoint import compute_buffers
 from bitnet_arch.configs import check_shape, short_reason
 from bitnet_arch.convert import replace_linears
+from bitnet_arch.diffusion import DIFFUSION_KEY, diffusion_of
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import Family, base_type, family_of, quantized_names
 from bitnet_arch.gguf.architectures import ACTIVATIONS, OURS, STOCK
@@ -170,8 +171,15 @@ def _config(keys: _Keys, family: str) -> PreTrainedConfig:
     values |= _sliding(keys, family, layers)
     if family == "gemma3_text":
         values |= _gemma(keys, values)
+    if ours and f"{OURS}.diffusion.mask_token_id" in file.metadata:
+        values[DIFFUSION_KEY] = {
+            "mask_token_id": keys.get("diffusion.mask_token_id", int),
+            "block_size": keys.get("diffusion.block_size", int, 0) or None,
+            "token_shift": keys.get("diffusion.token_shift", bool),
+        }
     config: PreTrainedConfig = AutoConfig.for_model(family, **values)
     check_shape(config, str(file.path))
+    diffusion_of(config)
     return config
 
 

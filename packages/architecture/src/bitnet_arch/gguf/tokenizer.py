@@ -57,6 +57,7 @@ class TokenizerMetadata:
     scores: list[float] = field(default_factory=list)
     unk_id: int | None = None
     add_space_prefix: bool | None = None
+    mask_id: int | None = None
 
     def keys(self) -> dict[str, Any]:
         """Return the file's keys without `tokenizer.` before them; None stands for a key that is not written."""
@@ -74,6 +75,7 @@ class TokenizerMetadata:
             "ggml.eos_token_id": self.eos_id,
             "ggml.padding_token_id": self.pad_id,
             "ggml.unknown_token_id": self.unk_id,
+            "ggml.mask_token_id": self.mask_id,
             "chat_template": self.chat_template or None,
         }
 
@@ -126,6 +128,7 @@ def read_tokenizer(directory: Path, vocab_size: int) -> TokenizerMetadata:
         scores,
         raw["model"]["vocab"].get(unknown),
         prefix,
+        tokenizer.mask_token_id,
     )
 
 
@@ -219,7 +222,13 @@ def tokenizer_from_gguf(path: Path | str) -> PreTrainedTokenizerFast:
     stated = _read_keys(file)
     named = {
         f"{name}_token": stated.tokens[i]
-        for name, i in (("bos", stated.bos_id), ("eos", stated.eos_id), ("pad", stated.pad_id), ("unk", stated.unk_id))
+        for name, i in (
+            ("bos", stated.bos_id),
+            ("eos", stated.eos_id),
+            ("pad", stated.pad_id),
+            ("unk", stated.unk_id),
+            ("mask", stated.mask_id),
+        )
         if i is not None
     }
     return PreTrainedTokenizerFast(
@@ -264,7 +273,7 @@ def _read_keys(file: GgufFile) -> TokenizerMetadata:
             f"{file.path} has no tokenizer that can be rebuilt (its token {longest:.20}... is {len(longest)} characters long)"
         )
     ids = {}
-    for name in ("bos", "eos", "padding", "unknown"):
+    for name in ("bos", "eos", "padding", "unknown", "mask"):
         value = get(f"ggml.{name}_token_id", int)
         if value is not None and not 0 <= value < len(tokens):
             raise UserError(f"{file.path} has no tokenizer that can be rebuilt (its {name} token {value} does not exist)")
@@ -291,6 +300,7 @@ def _read_keys(file: GgufFile) -> TokenizerMetadata:
         scores,
         ids["unknown"],
         get("ggml.add_space_prefix", bool, model == SENTENCEPIECE),
+        ids["mask"],
     )
 
 
