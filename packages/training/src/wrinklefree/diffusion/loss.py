@@ -1,0 +1,86 @@
+"""Losses of chosen positions, from what the head reads, a chunk of positions at a time.
+
+No `[tokens, vocabulary]` tensor outlives its chunk: the backward pass computes a chunk's logits again.
+"""
+
+from collections.abc import Callable
+
+import torch
+from bitnet_arch.attention import head_logits
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+CHUNK = 1024
+
+
+def log_probabilities(model: PreTrainedModel, hidden: Tensor, forbidden: int | None) -> Tensor:
+    """Return log-probabilities float32 `[N, V]` of what the head reads, `[N, hidden]`; the token `forbidden` has probability 0."""
+    logits = head_logits(model, hidden).float()
+    if forbidden is not None and forbidden < logits.shape[-1]:
+        logits = logits.index_fill(-1, torch.tensor(forbidden, device=logits.device), -torch.inf)
+    return logits.log_softmax(-1)
+
+
+def token_nll(model: PreTrainedModel, hidden: Tensor, targets: Tensor, forbidden: int | None = None, chunk: int = CHUNK) -> Tensor:
+    """Return each position's negative log-likelihood, float32 `[N]` in nats.
+
+    Args:
+        model: whose head is applied.
+        hidden: `[N, hidden]`.
+        targets: int64 `[N]`.
+        forbidden: a token that is never predicted: the mask (MDLM's zero masking probability).
+        chunk: positions at once.
+    """
+
+    def part(h: Tensor, y: Tensor) -> Tensor:
+        return -log_probabilities(model, h, forbidden).gather(1, y[:, None])[:, 0]
+
+    return _in_chunks(part, hidden, targets, chunk=chunk)
+
+
+def support_kl(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    ids: Tensor,
+    log_target: Tensor,
+    log_tail: Tensor,
+    forbidden: int | None = None,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """Return KL(target || model) of each position, float32 `[N]` in nats, over K tokens and one bucket of all others.
+
+    The model's log-probabilities are normalised over the whole vocabulary. Without the bucket, mass that the target leaves to the
+    others would be pushed onto the K.
+
+    Args:
+        model: whose head is applied.
+        hidden: `[N, hidden]`.
+        ids: the K tokens, int64 `[N, K]`, different ones.
+        log_target: their log-probabilities, float32 `[N, K]`.
+        log_tail: that of all others together, float32 `[N]`; -inf where there is none.
+        forbidden: a token that the model never predicts.
+        chunk: positions at once.
+    """
+
+    def part(h: Tensor, tokens: Tensor, target: Tensor, tail: Tensor) -> Tensor:
+        log_p = log_probabilities(model, h, forbidden)
+        divergence = _term(target, log_p.gather(1, tokens)).sum(1)
+        if bool(torch.isinf(tail).all()):
+            return divergence
+        return divergence + _term(tail, log_p.scatter(1, tokens, -torch.inf).logsumexp(1))
+
+    return _in_chunks(part, hidden, ids, log_target, log_tail, chunk=chunk)
+
+
+def _term(log_target: Tensor, log_p: Tensor) -> Tensor:
+    """Return q (log q - log p), 0 where q is 0, whatever p is there."""
+    present = log_target > -torch.inf
+    safe = log_target.masked_fill(~present, 0.0)
+    return torch.where(present, safe.exp() * (safe - log_p.masked_fill(~present, 0.0)), torch.zeros_like(log_p))
+
+
+def _in_chunks(part: Callable[..., Tensor], *tensors: Tensor, chunk: int) -> Tensor:
+    """Apply `part` to rows of tensors, recomputing it in the backward pass, and join what it returns."""
+    pieces = zip(*(tensor.split(chunk) for tensor in tensors), strict=True)
+    return torch.cat([checkpoint(part, *piece, use_reentrant=False) for piece in pieces])
