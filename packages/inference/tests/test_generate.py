@@ -9,6 +9,8 @@ from functools import partial
 import pytest
 import torch
 from bitnet_arch import load_model, load_tokenizer, pack_model, save_master, save_packed
+from bitnet_arch.diffusion import add_mask_token
+from bitnet_arch.generation import DecodeOptions, decode
 from bitnet_arch.gguf import export_gguf
 from bitnet_arch.testing import TEXT, tiny_bitnet, tiny_llama, tiny_tokenizer
 from torch.nn import functional as F
@@ -206,3 +208,45 @@ def test_ctrl_c_ends_a_generation_without_a_traceback(trained):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75
     assert errors.decode().count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def diffusing(tmp_path_factory):
+    model, tokenizer = tiny_bitnet(hidden=64, ffn=128, layers=1), tiny_tokenizer()
+    add_mask_token(model, tokenizer, block_size=4, token_shift=True)
+    directory = tmp_path_factory.mktemp("diffusion") / "model"
+    save_master(model, directory, tokenizer)
+    return directory
+
+
+def test_a_diffusion_model_is_decoded_in_blocks_and_says_what_that_cost(diffusing, capsys):
+    answers = {}
+    for threshold in ("1", "0"):
+        assert main(["generate", str(diffusing), PROMPT, "--max-tokens", "12", "--threshold", threshold, "--json"]) == 0
+        answers[threshold] = json.loads(capsys.readouterr().out)
+    model, tokenizer = load_model(diffusing), load_tokenizer(diffusing)
+    ids = torch.tensor(tokenizer(PROMPT).input_ids)
+    expected = decode(model, ids, DecodeOptions(max_tokens=12, threshold=1.0)).tokens
+    assert answers["1"]["text"] == tokenizer.decode(expected)
+    assert (answers["1"]["threshold"], answers["1"]["cache"]) == (1.0, "prefix")
+    assert answers["0"]["forwards"] < answers["1"]["forwards"]
+    assert "<|mask|>" not in answers["0"]["text"]
+
+
+@pytest.mark.parametrize("option", [["--threshold", "0.9"], ["--sub-block", "4"], ["--cache", "dual"]], ids=lambda x: x[0][2:])
+def test_options_of_diffusion_models_are_refused_elsewhere(trained, option, capsys):
+    for model in ("master", "model.gguf"):
+        assert main(["generate", str(trained / model), PROMPT, *option]) == 2
+        error = capsys.readouterr().err
+        assert f"{option[0]} has no effect" in error
+        assert error.count("\n") == 1
+
+
+def test_a_diffusion_models_mistakes_are_one_sentence(diffusing, capsys):
+    for arguments, says in (
+        ([PROMPT, "--threshold", "2"], "probability"),
+        ([PROMPT, "--sub-block", "0"], "at least 1"),
+        (["A<|mask|>", "--max-tokens", "3"], "contains the mask token"),
+    ):
+        assert main(["generate", str(diffusing), *arguments]) == 2
+        assert says in capsys.readouterr().err

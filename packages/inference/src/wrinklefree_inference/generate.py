@@ -1,4 +1,7 @@
-"""`generate`: text from a model directory (PyTorch) or a GGUF file (llama.cpp), written as it comes."""
+"""`generate`: text from a model directory (PyTorch) or a GGUF file (llama.cpp), written as it comes.
+
+A directory of a diffusion model decodes block by block (`bitnet_arch.generation`); options of that kind are refused elsewhere.
+"""
 
 import argparse
 import json
@@ -18,6 +21,8 @@ from typing import Any
 import torch
 from bitnet_arch import UserError, load_model, load_tokenizer
 from bitnet_arch.bitlinear import constant_weights
+from bitnet_arch.diffusion import diffusion_of
+from bitnet_arch.generation import CACHES, DecodeOptions, decode
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -67,12 +72,14 @@ class Generated:
         stop: "eos" (the model ended it) or "length".
         prompt_tokens: tokens read.
         tokens: tokens generated, an end-of-text token not counted.
+        forwards: calls of a diffusion model, that of the prompt included; None for other models.
     """
 
     text: str
     stop: str
     prompt_tokens: int
     tokens: int
+    forwards: int | None = None
 
 
 class TextStream:
@@ -167,6 +174,28 @@ def generate_torch(
     return Generated(text=stream.text, stop=stop, prompt_tokens=len(ids), tokens=count)
 
 
+def generate_diffusion(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, options: DecodeOptions, emit: Emit
+) -> Generated:
+    """Generate with a diffusion model in PyTorch; text comes a sub-block at a time.
+
+    Raises:
+        UserError: if the prompt has no token or leaves no room for one.
+    """
+    ids = tokenizer(prompt).input_ids
+    ends, stream = end_token_ids(model, tokenizer), TextStream(tokenizer, emit)
+
+    def push(tokens: list[int]) -> None:
+        for token in tokens:
+            if token not in ends:
+                stream.push(token)
+
+    text = decode(model, torch.tensor(ids, dtype=torch.int64), options, ends=ends, emit=push)
+    stream.close()
+    tokens = len(text.tokens) - (text.stop == "eos")
+    return Generated(text=stream.text, stop=text.stop, prompt_tokens=len(ids), tokens=tokens, forwards=text.statistics.forwards)
+
+
 def generate_llamacpp(file: Path, prompt: str, options: Options, emit: Emit) -> Generated:
     """Generate with llama.cpp.
 
@@ -253,6 +282,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--max-tokens", type=int, default=128, help="at most so many new tokens (128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default); above, samples")
     parser.add_argument("--seed", type=int, default=0, help="makes sampling reproducible (0)")
+    diffusion = parser.add_argument_group("diffusion models", "how directories whose config.json has 'diffusion' are decoded")
+    diffusion.add_argument("--threshold", type=float, help="fill in every token that is likelier (0.9); 1: one token a forward")
+    diffusion.add_argument("--sub-block", type=int, help="tokens of a block that are filled in before the next ones (8)")
+    diffusion.add_argument("--cache", choices=CACHES, help="keys and values that are kept: prefix is exact, dual is not (prefix)")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming")
     parser.set_defaults(run=run)
 
@@ -272,17 +305,30 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("the prompt is not valid UTF-8 text: check the terminal's encoding") from None
     if not prompt:
         raise UserError("the prompt is empty: give some text to continue")
+    names = {"threshold": arguments.threshold, "sub_block_size": arguments.sub_block, "cache": arguments.cache}
+    given = {name: value for name, value in names.items() if value is not None}
+    how = DecodeOptions(**asdict(options), **given)
     emit: Emit = (lambda piece: None) if arguments.json else _print_piece
     try:
         start = time.perf_counter()
+        used: Options | DecodeOptions = options
         if model.kind == "gguf":
+            _check_no_effect(given, "a GGUF file")
             result = generate_llamacpp(model.path, prompt, options, emit)
         else:
-            result = generate_torch(load_model(model.path), load_tokenizer(model.path), prompt, options, emit)
+            loaded, tokenizer = load_model(model.path), load_tokenizer(model.path)
+            if diffusion_of(loaded.config) is None:
+                _check_no_effect(given, "a model that is no diffusion model")
+                result = generate_torch(loaded, tokenizer, prompt, options, emit)
+            else:
+                used = how
+                result = generate_diffusion(loaded, tokenizer, prompt, how, emit)
         seconds = time.perf_counter() - start
         if arguments.json:
             engine = "llama.cpp" if model.kind == "gguf" else "pytorch"
-            answer = {"model": str(model.path), "engine": engine, "prompt": prompt, **asdict(result), **asdict(options)}
+            answer = {"model": str(model.path), "engine": engine, "prompt": prompt, **asdict(result), **asdict(used)}
+            if result.forwards is None:
+                del answer["forwards"]
             print(json.dumps(answer | {"seconds": round(seconds, 3)}, ensure_ascii=False), flush=True)
         else:
             print(flush=True)
@@ -290,6 +336,12 @@ def run(arguments: argparse.Namespace) -> int:
         # The reader (such as `head`) has enough; Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _check_no_effect(given: dict[str, Any], model: str) -> None:
+    if given:
+        option = {"sub_block_size": "sub-block"}.get(name := next(iter(given)), name)
+        raise UserError(f"--{option} has no effect on {model}: leave it out")
 
 
 def _print_piece(piece: str) -> None:
