@@ -225,7 +225,7 @@ def test_a_wrong_wandb_key_is_one_sentence(overrides, monkeypatch, capsys):
 
 
 def test_a_divergent_run_stops_and_says_what_to_lower(overrides, capsys, monkeypatch):
-    monkeypatch.setattr("wrinklefree.module.token_loss_sum", lambda logits, labels: (logits.sum() * float("nan"), labels.sum()))
+    monkeypatch.setattr("wrinklefree.objectives.tokens.cross_entropy", lambda logits, targets: logits.sum(1) * float("nan"))
     assert main([*overrides, "training.compare_fp=false"]) == 2
     assert "lower training.learning_rate" in capsys.readouterr().err.splitlines()[-1]
 

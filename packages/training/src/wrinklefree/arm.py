@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from bitnet_arch import UserError
+from bitnet_arch import UserError, set_lambda
 from data_handler import PackedStream
 from pytorch_lightning.loggers import Logger
 from transformers import PreTrainedModel
 
-from wrinklefree.callbacks import Checkpoints, Heldout, Interruption, Metrics, Mixing, Progress, newest_checkpoint
+from wrinklefree.callbacks import Checkpoints, Heldout, Interruption, Metrics, Mixing, Progress, Shares, newest_checkpoint
 from wrinklefree.config import RunConfig
 from wrinklefree.evaluation import heldout_loss
 from wrinklefree.files import writing
 from wrinklefree.mixing import History, Mixture, Replay
 from wrinklefree.module import TernaryModule
-from wrinklefree.resume import Identity, check_config, check_fits, plain, read_checkpoint
+from wrinklefree.resume import Identity, check_config, check_fits, check_teacher, plain, read_checkpoint
+from wrinklefree.teachers.base import Teacher
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def train_arm(
     logger: Logger | None,
     tokenizer: str | None,
     replay: History | None = None,
+    teacher: Teacher | None = None,
 ) -> ArmResult:
     """Train `model` for `config.training.max_steps` steps.
 
@@ -66,6 +68,7 @@ def train_arm(
         resume: the checkpoint to continue from.
         logger: where figures go beside `metrics.jsonl`.
         tokenizer: JSON of a tokenizer that the run has trained, kept in the checkpoints.
+        teacher: what objectives compare with; None where none does.
         replay: the mixture of another arm, to train on the same rows; None asks the configured controller.
 
     Raises:
@@ -74,11 +77,13 @@ def train_arm(
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
     identity = Identity(title, plain(config), train.fingerprint(), tokenizer)
-    module = TernaryModule(model.train(), train, config, identity, quantized=quantized, mixture=_mixture(config, replay))
+    mixture = _mixture(config, replay)
+    module = TernaryModule(model.train(), train, config, identity, quantized=quantized, mixture=mixture, teacher=teacher)
     if resume is not None:
         content = read_checkpoint(resume)
         check_config(resume, content, config)
         check_fits(resume, content, identity, module, module.groups)
+        check_teacher(resume, content, teacher.digest if teacher is not None else None)
         del content
     interruption = Interruption()
     training = config.training
@@ -87,6 +92,7 @@ def train_arm(
         interruption,
         Heldout(heldout, training.eval_every),
         *([mixing] if module.mixture is not None else []),  # before those that log and save what it decides
+        *([Shares()] if any(phase.data for phase in config.curriculum.phases) else []),
         Metrics(directory / "metrics.jsonl", title),
         Progress(title),
         Checkpoints(directory / "checkpoints", training.checkpoint_every, training.keep_checkpoints),
@@ -99,6 +105,8 @@ def train_arm(
             raise KeyboardInterrupt from None
     model.eval()
     stopped = interruption.interrupted
+    if quantized and not stopped:
+        set_lambda(model, 1.0)  # a curriculum may end below, and what is saved is ternary
     return ArmResult(
         model,
         float("nan") if stopped else heldout_loss(model, heldout),
@@ -126,7 +134,7 @@ def build_trainer(config: RunConfig, callbacks: list[pl.Callback], logger: Logge
     return pl.Trainer(
         accelerator=distributed.accelerator,
         devices=distributed.devices,
-        strategy="ddp" if distributed.strategy == "ddp" else "auto",
+        strategy=_strategy(config),
         precision=config.training.precision,
         max_steps=config.training.max_steps,
         max_epochs=-1,
@@ -138,6 +146,15 @@ def build_trainer(config: RunConfig, callbacks: list[pl.Callback], logger: Logge
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+
+
+def _strategy(config: RunConfig) -> str:
+    if config.distributed.strategy != "ddp":
+        return "auto"
+    # Without the cross-entropy in every step, some parameters get no gradient: the head's, or those of later blocks.
+    every_step = [name for name in config.objective_settings() if all(name not in p.objectives for p in config.curriculum.phases)]
+    reached = any(config.objective_settings()[name].objective.way == "rows" for name in every_step)
+    return "ddp" if reached else "ddp_find_unused_parameters_true"
 
 
 @contextmanager

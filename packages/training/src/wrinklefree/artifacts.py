@@ -60,7 +60,14 @@ def plot_losses(out: Path, arms: dict[str, Path]) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for (name, path), colour in zip(arms.items(), ("tab:blue", "tab:orange"), strict=False):
         lines = read_metrics(path)
-        axes.plot([x["tokens"] for x in lines], [x["loss"] for x in lines], colour, alpha=0.6, lw=1, label=f"{name}, training")
+        axes.plot(
+            [x["tokens"] for x in lines],
+            [x.get("objective/ce", x["loss"]) for x in lines],
+            colour,
+            alpha=0.6,
+            lw=1,
+            label=f"{name}, training",
+        )
         held = [x for x in lines if "heldout_loss" in x]
         axes.plot([x["tokens"] for x in held], [x["heldout_loss"] for x in held], colour, marker="o", label=f"{name}, held-out")
     axes.set(xlabel="tokens", ylabel="loss (nats a token)")

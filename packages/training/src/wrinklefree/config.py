@@ -3,27 +3,25 @@
 Types and keys are checked by pydantic, so that a wrong one ends in a sentence that names it; values are checked here.
 """
 
-import difflib
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from bitnet_arch import ConversionConfig, UserError
+from bitnet_arch import ConversionConfig
 from bitnet_arch.bitlinear import LAMBDA_SCHEDULES
 from data_handler import DataConfig
 from data_handler.mixture import CONTROLLERS, Controller, OnlineDataMixing, parse_mixture
 from data_handler.mixture.settings import option_names
-from pydantic import TypeAdapter, ValidationError
 
+from wrinklefree.correction import CorrectionConfig
+from wrinklefree.curriculum import CurriculumConfig, ever_above_zero
+from wrinklefree.mapping import from_mapping
+from wrinklefree.mapping import require as _require
+from wrinklefree.objectives import ObjectiveSettings, parse_objectives
+from wrinklefree.objectives.settings import reference_of
 from wrinklefree.schedules import LEARNING_RATE_SCHEDULES
+from wrinklefree.teachers.settings import TeacherConfig
 
-T = TypeVar("T")
-
-
-def _require(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise UserError(sentence)
+__all__ = ["DistributedConfig", "MixtureConfig", "ModelConfig", "RunConfig", "ShapeConfig", "TrainingConfig", "from_mapping"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +66,7 @@ class ModelConfig:
         norm, gain, softness, granularity, rotation: how it is converted, see `bitnet_arch.ConversionConfig`; None takes its
             default, and gain 1 on random weights. A directory that is ternary already (master form) is trained as it is; of these,
             it takes what it is anyway.
+        lrc: give a float model a low-rank correction (docs/objectives.md), and train nothing but that.
     """
 
     name: str
@@ -78,8 +77,14 @@ class ModelConfig:
     softness: float | None = None
     granularity: Literal["tensor", "row", "group128"] | None = None
     rotation: bool | None = None
+    lrc: CorrectionConfig | None = None
 
     def __post_init__(self) -> None:
+        for name in ("norm", "gain", "softness", "granularity", "rotation"):
+            _require(
+                self.lrc is None or getattr(self, name) is None or (name, getattr(self, name)) == ("norm", "none"),
+                f"model.{name} has no effect with model.lrc, which starts from the float model without norms: leave it out",
+            )
         _require((self.pretrained is None) != (self.shape is None), "give exactly one of model.pretrained and model.shape")
         _require(
             self.shape is None or self.gain != "calibrated",
@@ -134,6 +139,10 @@ class TrainingConfig:
         keep_checkpoints: how many of the newest are kept.
         compare_fp: measure the unquantised model too: as it is when a float model was converted, otherwise (random or ternary
             weights) trained on the same tokens.
+        trainable: "all", or "gains": those of norms alone (stage 1 of BitDistill, before the weights are ternary).
+        gradient_norms_every: steps between measurements of each objective's gradient norm, the first step included; 0 measures
+            none. One costs a forward pass and a backward pass for every objective, on the first micro-batch, and changes no
+            result but that of weights that are `auto`, which follow it.
         wandb: "auto" (online with a key, else offline), "offline" or "off".
         data_workers: processes that make a process's batches ahead; 0 makes them between steps. Changes no batch.
         threads: CPU threads; None leaves PyTorch's choice. Recorded, and restored on resume.
@@ -158,6 +167,8 @@ class TrainingConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     compare_fp: bool = True
+    trainable: Literal["all", "gains"] = "all"
+    gradient_norms_every: int = 0
     wandb: Literal["auto", "offline", "off"] = "auto"
     data_workers: int = 0
     threads: int | None = None
@@ -168,7 +179,7 @@ class TrainingConfig:
         for name in ("micro_batch_rows", "learning_rate_fp", "threads"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"training.{name} must be positive or null, not {value}")
-        for name in ("weight_decay", "grad_clip", "eval_every", "data_workers", "seed"):
+        for name in ("weight_decay", "grad_clip", "eval_every", "data_workers", "seed", "gradient_norms_every"):
             _require(getattr(self, name) >= 0, f"training.{name} must not be negative, and is {getattr(self, name)}")
         for name in ("warmup_share", "lambda_warmup_share"):
             _require(0 <= getattr(self, name) < 1, f"training.{name} must lie in [0, 1), not {getattr(self, name)}")
@@ -298,6 +309,9 @@ class RunConfig:
     """A whole run.
 
     Attributes:
+        objectives: what is minimised: name to a weight, a kind and its options, see `wrinklefree.objectives`.
+        teacher: what objectives compare with, where they compare.
+        curriculum: how weights, rate, lambda and sources move in phases.
         mixture: how the shares of the data's sources move; not at all by default.
         output_dir: the run directory.
         resume: "auto" continues from the newest checkpoint in `output_dir`, "none" refuses to, a path names a checkpoint.
@@ -309,6 +323,9 @@ class RunConfig:
     data: DataConfig
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    objectives: dict[str, Any] = field(default_factory=lambda: {"ce": {"weight": 1.0}})
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     output_dir: str
     resume: str = "auto"
     sample_prompt: str = "The "
@@ -324,46 +341,86 @@ class RunConfig:
         rows, processes = self.training.rows_per_step, self.distributed.devices
         _require(rows % processes == 0, f"training.rows_per_step={rows} must be a multiple of the {processes} processes")
         self.mixture.check(self.data, self.training.max_steps)
+        self._check_objectives()
+        self._check_curriculum()
 
+    def _check_objectives(self) -> None:
+        settings = self.objective_settings()
+        taught = any(item.objective.uses_teacher for item in settings.values())
+        _require(
+            self.mixture.method == "none" or reference_of(settings) is not None,
+            f"mixture.method={self.mixture.method} looks at the cross-entropy of the sources: give objectives.ce a weight",
+        )
+        _require(
+            not self.teacher.compiled or not any(i.objective.uses_teacher and i.objective.way != "rows" for i in settings.values()),
+            "teacher.compiled serves distributions alone, and an objective asks for the teacher's layers: leave it out",
+        )
+        _require(
+            taught or self.teacher.model is None or any(item.get("weight") == 0 for item in self.objectives.values()),
+            "teacher.model has no effect: none of the objectives compares with a teacher (logits, relations and layerwise do)",
+        )
+        lrc = self.model.lrc is not None
+        _require(
+            not lrc or self.training.trainable == "all",
+            "training.trainable has no effect with model.lrc, of which the adapters alone are trained: leave it out",
+        )
+        _require(
+            not lrc or all(phase.lambda_value in (None, 1.0) for phase in self.curriculum.phases),
+            "model.lrc freezes weights that are ternary, and lambda stays 1: leave lambda_value out of the curriculum",
+        )
 
-def from_mapping(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Build a configuration dataclass from plain values.
+    def _check_curriculum(self) -> None:
+        total = self.curriculum_total
+        names = [source.name for source in self.data.sources]
+        begin = 0.0
+        for i, phase in enumerate(self.curriculum.phases):
+            where = f"curriculum.phases.{i}"
+            for name in phase.objectives:
+                _require(
+                    name in self.objectives,
+                    f"{where}.objectives names {name!r}, and the objectives are {', '.join(self.objectives)}",
+                )
+            _require(
+                begin < total,
+                f"{where} would begin at {begin:g}, and the run ends at {total:g}: lower the phases' until, or raise max_steps",
+            )
+            begin = phase.until
+            if phase.data is not None:
+                _require(
+                    self.mixture.method == "none", f"{where}.data and mixture.method both set the sources' shares: leave one out"
+                )
+                _require(
+                    set(phase.data) == set(names)
+                    and all(v > 0 for v in phase.data.values())
+                    and abs(sum(phase.data.values()) - 1) < 1e-6,
+                    f"{where}.data must give every source a share above 0, summing to 1: the sources are {', '.join(names)}",
+                )
 
-    Args:
-        kind: the dataclass.
-        values: nested mappings, lists and scalars.
-        where: dotted prefix of the keys, for messages.
+    def objective_settings(self) -> dict[str, ObjectiveSettings]:
+        """Return the objectives that count at any time of the run."""
+        found = parse_objectives(self.objectives)
+        active = {n: s for n, s in found.items() if s.active and ever_above_zero(self.curriculum, n)}
+        _require(bool(active), "no objective ever has a weight above 0: raise one in objectives, or in the curriculum's phases")
+        return active
 
-    Raises:
-        UserError: for an unknown key (naming the nearest known one), a wrong type, or a value that the class refuses.
-    """
-    _check_keys(kind, values, where)
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join([where, *(str(part) for part in first["loc"])]).strip(".")
-        cause = first.get("ctx", {}).get("error")
-        if isinstance(cause, ValueError):
-            raise UserError(str(cause)) from None
-        if first["type"] == "missing":
-            raise UserError(
-                f"the key {key} is missing: --help lists groups and keys, --cfg prints the whole configuration"
-            ) from None
-        raise UserError(f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, and {first['input']!r} was given") from None
+    @property
+    def own_lambda(self) -> bool:
+        """Whether something other than `training.lambda_schedule` decides lambda: a curriculum, or weights that are frozen."""
+        return self.model.lrc is not None or any(phase.lambda_value is not None for phase in self.curriculum.phases)
 
+    @property
+    def curriculum_total(self) -> float:
+        """The whole run in the unit of the curriculum's `until`."""
+        tokens = self.training.max_steps * self.training.rows_per_step * self.data.sequence_length
+        return float(tokens) if self.curriculum.by == "tokens" else 1.0
 
-def _check_keys(kind: Any, values: object, where: str) -> None:
-    for arm in (kind, *typing.get_args(kind)):
-        if hasattr(arm, "__dataclass_fields__") and isinstance(values, Mapping):
-            hints = typing.get_type_hints(arm)
-            for key, value in values.items():
-                name = f"{where}.{key}".strip(".")
-                if key not in hints:
-                    near = difflib.get_close_matches(str(key), hints, n=1)
-                    known = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(hints)}"
-                    raise UserError(f"unknown key {name}: {known}")
-                _check_keys(hints[key], value, name)
-        elif hasattr(arm, "__dataclass_fields__") and isinstance(values, list):
-            for i, value in enumerate(values):
-                _check_keys(arm, value, f"{where}.{i}")
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether an objective that counts compares with a teacher."""
+        return any(settings.objective.uses_teacher for settings in self.objective_settings().values())
+
+    @property
+    def makes_original(self) -> bool:
+        """Whether a float model is made on the spot, because something needs one and there is none."""
+        needed = self.model.lrc is not None or (self.needs_teacher and self.teacher.model is None)
+        return self.model.shape is not None and needed

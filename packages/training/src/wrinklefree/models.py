@@ -1,12 +1,14 @@
 """The model and tokenizer that a run starts from."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
 import torch
 from bitnet_arch import (
+    ConversionConfig,
+    Pretrained,
     UserError,
     check_family,
     convert_model,
@@ -16,13 +18,16 @@ from bitnet_arch import (
     load_tokenizer,
     open_weights,
     resolve_pretrained,
+    save_master,
 )
+from bitnet_arch.calibration import max_positions
 from bitnet_arch.modeling import TernaryForm, form_of
-from data_handler import DataConfig, documents, is_heldout, restore_tokenizer, train_tokenizer
+from data_handler import DataConfig, PackedStream, documents, is_heldout, restore_tokenizer, train_tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from wrinklefree.config import ModelConfig, RunConfig, ShapeConfig
+from wrinklefree.config import ModelConfig, RunConfig
+from wrinklefree.teachers.made import train_float
 
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 4, 512
 TOKENIZER_DOCUMENTS = 400
@@ -60,7 +65,7 @@ def build_start(config: RunConfig, saved_tokenizer: str | None = None) -> Start:
         bitnet_arch.UserError: if the weights cannot be found, the family cannot be converted, or a setting has no effect.
     """
     if config.model.shape is not None:
-        return _random(config, config.model.shape, saved_tokenizer)
+        return _from_made(config, saved_tokenizer) if config.makes_original else _random(config, saved_tokenizer)
     assert config.model.pretrained is not None
     source = resolve_pretrained(config.model.pretrained)
     tokenizer = load_tokenizer(source.path)
@@ -82,15 +87,55 @@ def build_start(config: RunConfig, saved_tokenizer: str | None = None) -> Start:
         raise UserError("training.learning_rate_fp has no effect: a converted model is compared with its original, as it is")
     conversion = config.model.conversion()
     check_family(load_config(source.path), conversion)
-    rows = list(calibration_rows(config.data, tokenizer, context)) if conversion.calibrates else None
-    model = convert_model(load_float_model(source), conversion, rows)
-    return Start(model, tokenizer, source.note, source.provenance, source.path)
+    return _converted(config, source, conversion, tokenizer)
 
 
-def calibration_rows(data: DataConfig, tokenizer: PreTrainedTokenizerFast, context: int | None) -> Iterator[Tensor]:
-    """Yield four rows of training text from the sources in turn, int64 `[1, 512]` or as long as the model's context."""
+def _converted(
+    config: RunConfig,
+    source: Pretrained,
+    conversion: ConversionConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    trained: str | None = None,
+) -> Start:
+    """Convert a float model, or correct it by adapters."""
+    context = max_positions(load_config(source.path))
+    model = load_float_model(source)
+    if config.model.lrc is not None:
+        count = config.model.lrc.calibration_rows
+        model = config.model.lrc.build(model, calibration_rows(config.data, tokenizer, context, count))
+    else:
+        rows = list(calibration_rows(config.data, tokenizer, context)) if conversion.calibrates else None
+        model = convert_model(model, conversion, rows)
+    return Start(model, tokenizer, source.note, source.provenance, source.path, trained)
+
+
+def _from_made(config: RunConfig, saved: str | None) -> Start:
+    """Begin with a float model that is trained on the spot, of the run's shape, and kept as `teacher/` in its directory."""
+    directory, training = Path(config.output_dir) / "teacher", config.training
+    steps = config.teacher.made_steps or training.max_steps
+    note = (
+        f"a float model of this shape, made on the spot in {steps} steps on the run's own text (seed {training.seed}): a stand-in "
+        "for a pretrained one"
+    )
+    if (directory / "config.json").is_file():
+        tokenizer = load_tokenizer(directory)
+    else:
+        tokenizer, model = _random_float(config, saved)
+        stream = PackedStream(config.data, tokenizer, seed=training.seed)
+        train_float(model, stream, steps=steps, rows_per_step=training.rows_per_step)
+        save_master(model, directory, tokenizer, note)
+    given = config.model.conversion()
+    conversion = given if given.norm == "none" or config.model.gain else replace(given, gain="calibrated")
+    source = Pretrained(directory, "directory", note, note)
+    return _converted(config, source, conversion, tokenizer, tokenizer.backend_tokenizer.to_str())
+
+
+def calibration_rows(
+    data: DataConfig, tokenizer: PreTrainedTokenizerFast, context: int | None, count: int = CALIBRATION_ROWS
+) -> Iterator[Tensor]:
+    """Yield rows of training text from the sources in turn, int64 `[1, 512]` or as long as the model's context."""
     length = min(CALIBRATION_LENGTH, context or CALIBRATION_LENGTH)
-    for i in range(CALIBRATION_ROWS):
+    for i in range(count):
         ids: list[int] = []
         for text in _training_documents(data, source_index=i % len(data.sources), skip=i // len(data.sources)):
             ids += tokenizer(text).input_ids
@@ -118,7 +163,16 @@ def _training_documents(data: DataConfig, source_index: int, skip: int = 0) -> I
     return islice(texts, skip, None)
 
 
-def _random(config: RunConfig, shape: ShapeConfig, saved: str | None) -> Start:
+def _random(config: RunConfig, saved: str | None) -> Start:
+    tokenizer, model = _random_float(config, saved)
+    converted = convert_model(model, config.model.conversion())
+    note = f"random weights, seed {config.training.seed}"
+    return Start(converted, tokenizer, note, None, None, tokenizer.backend_tokenizer.to_str())
+
+
+def _random_float(config: RunConfig, saved: str | None) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+    shape = config.model.shape
+    assert shape is not None
     if saved is None:
         sources = range(len(config.data.sources))
         texts = (text for i in sources for text in islice(_training_documents(config.data, i), TOKENIZER_DOCUMENTS))
@@ -149,6 +203,4 @@ def _random(config: RunConfig, shape: ShapeConfig, saved: str | None) -> Start:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
         model = LlamaForCausalLM(llama)
-    converted = convert_model(model.float(), config.model.conversion())
-    note = f"random weights, seed {config.training.seed}"
-    return Start(converted, tokenizer, note, None, None, tokenizer.backend_tokenizer.to_str())
+    return tokenizer, model.float()

@@ -8,27 +8,23 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from bitnet_arch import UserError, lambda_schedule, set_lambda
-from data_handler import BatchLoader, PackedStream, document_attention_mask, merge_states
+from data_handler import BatchLoader, PackedStream, merge_states
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from wrinklefree.config import RunConfig
+from wrinklefree.curriculum import Point, point_at
 from wrinklefree.mixing import Mixture
-from wrinklefree.objective import domain_sums, row_losses, scored_tokens, token_loss_sum
+from wrinklefree.objective import domain_sums
+from wrinklefree.objectives import Objectives
+from wrinklefree.objectives.settings import AUTO, reference_of
 from wrinklefree.optim import build_optimizer, parameter_groups
 from wrinklefree.resume import KEY, Identity
 from wrinklefree.schedules import learning_rate_share
+from wrinklefree.teachers.base import Shape, Teacher
+from wrinklefree.views import Batch, model_logits
 
-Batch = dict[str, Tensor]
-
-
-def model_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return logits `[B, T, V]`; attention and positions stay inside each document."""
-    mask = document_attention_mask(batch["document_ids"])
-    logits: Tensor = model(
-        input_ids=batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"], use_cache=False
-    ).logits
-    return logits
+__all__ = ["Batch", "TernaryModule", "model_logits"]
 
 
 class _Batches:
@@ -48,12 +44,14 @@ class _Batches:
 
 
 class TernaryModule(pl.LightningModule):
-    """Trains one model on packed rows with the next-token loss.
+    """Trains one model on packed rows with a run's objectives.
 
     Optimisation is manual, so that the loss of a step is exactly the mean over its tokens, however the step is cut into
     micro-batches and processes.
 
     Attributes:
+        objectives: what is minimised.
+        auto: the weights of objectives that have weight `auto`, as last measured.
         rows_seen: rows trained on, over all processes: the position in the data.
         domain_tokens: tokens trained on of each source, over all processes, padding excluded: recounted from the batches.
         loader: the batches; None before training starts.
@@ -74,6 +72,7 @@ class TernaryModule(pl.LightningModule):
         *,
         quantized: bool,
         mixture: Mixture | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -84,6 +83,10 @@ class TernaryModule(pl.LightningModule):
         self.quantized = quantized
         self.mixture = mixture
         self.domain_losses: tuple[Tensor, Tensor] | None = None
+        self.settings = config.objective_settings()
+        found = {name: settings.objective for name, settings in self.settings.items()}
+        self.objectives = Objectives(found, Shape.of(model), teacher)
+        self.auto: dict[str, float] = {}
         # Now: when the optimiser is built, a checkpoint's weights may be in the model, whose groups would be others.
         self.groups = parameter_groups(model, config.training)
         self.peak_rate = config.training.learning_rate
@@ -100,8 +103,36 @@ class TernaryModule(pl.LightningModule):
 
     def lambda_at(self, step: int) -> float:
         """Return the quantisation strength at a step (0-based); always 0 in the unquantised arm."""
+        if not self.quantized:
+            return 0.0
+        training, given = self.run_config.training, self.point_at(step).lambda_value
+        if self.run_config.own_lambda:
+            return 1.0 if given is None else given
+        return lambda_schedule(training.lambda_schedule, step, training.lambda_warmup_steps)
+
+    def point_at(self, step: int) -> Point:
+        """Return what the curriculum says of a step (0-based)."""
+        return point_at(self.run_config.curriculum, step / self.run_config.training.max_steps, self.run_config.curriculum_total)
+
+    def rate_at(self, step: int) -> float:
+        """Return the learning rate at a step (0-based)."""
         training = self.run_config.training
-        return lambda_schedule(training.lambda_schedule, step, training.lambda_warmup_steps) if self.quantized else 0.0
+        share = learning_rate_share(training.schedule, step, training.max_steps, training.warmup_steps)
+        return self.peak_rate * share * self.point_at(step).learning_rate
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        """Return the weights of the objectives that count at a step (0-based), those of weight `auto` as last measured."""
+        factors = self.point_at(step).objectives
+        weights = {}
+        for name, settings in self.settings.items():
+            base = self.auto.get(name, self._reference_weight) if settings.weight == AUTO else float(settings.weight)
+            weights[name] = base * factors.get(name, 1.0)
+        return {name: weight for name, weight in weights.items() if weight}
+
+    @property
+    def _reference_weight(self) -> float:
+        reference = reference_of(self.settings)
+        return float(self.settings[reference].weight) if reference else 1.0
 
     def train_dataloader(self) -> _Batches:
         """Return the batches that follow `rows_seen`."""
@@ -126,10 +157,15 @@ class TernaryModule(pl.LightningModule):
         step = self.trainer.global_step
         set_lambda(self.model, self.lambda_at(step))
         optimizer = self.optimizers()
-        share = learning_rate_share(training.schedule, step, training.max_steps, training.warmup_steps)
+        rate = self.rate_at(step)
         for group in optimizer.param_groups:  # type: ignore[union-attr]
-            group["lr"] = self.peak_rate * share * group["rate_share"]
-        loss = self._accumulate(batch)
+            group["lr"] = rate * group["rate_share"]
+        rows = len(batch["input_ids"])
+        first = self.rows_seen + self.global_rank * rows
+        batch = batch | {"sample_index": torch.arange(first, first + rows, device=batch["input_ids"].device)}
+        norms = self._gradient_norms(batch, step)
+        weights = self.weights_at(step)
+        loss, means = self._accumulate(batch, weights)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.grad_clip or float("inf"))
         if not torch.isfinite(norm) or not torch.isfinite(loss):
             raise UserError(
@@ -143,37 +179,77 @@ class TernaryModule(pl.LightningModule):
         self.domain_tokens += self._sum(self._domain_counts(batch)).cpu()
         self.last = {
             "loss": float(loss),
-            "learning_rate": self.peak_rate * share,
+            "learning_rate": rate,
             "lambda": self.lambda_at(step),
             "grad_norm": float(norm),
             **{f"tokens/{name}": int(count) for name, count in zip(self.stream.domains, self.domain_tokens, strict=True)},
         }
+        if list(self.settings) != ["ce"] or norms:
+            self.last |= {f"objective/{name}": float(mean) for name, mean in means.items()}
+            self.last |= {f"objective_weight/{name}": weight for name, weight in weights.items()}
+            self.last |= {f"objective_gradient/{name}": norm for name, norm in norms.items()}
 
-    def _accumulate(self, batch: Batch) -> Tensor:
-        """Fill the gradients with those of the mean loss over the step's tokens on all processes; return that loss."""
+    def _accumulate(self, batch: Batch, weights: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Fill the gradients with those of the step's loss over all processes; return that loss, and every objective's mean.
+
+        An objective is the mean over its tokens of the whole step, however these lie in micro-batches and processes.
+        """
         world = self.trainer.world_size
-        count = self._sum(scored_tokens(batch["labels"])).clamp(min=1)
-        size = self.run_config.training.micro_batch_rows or len(batch["input_ids"])
-        parts = [{k: v[i : i + size] for k, v in batch.items()} for i in range(0, len(batch["input_ids"]), size)]
-        total = torch.zeros((), device=self.device)
-        rows = []
+        counts = {name: self._sum(count).clamp(min=1) for name, count in self.objectives.counts(batch, weights).items()}
+        # DDP averages gradients over processes; the step's mean is over all their tokens together.
+        coefficients = {name: weight * (world / counts[name]) for name, weight in weights.items()}
+        parts = self._micro_batches(batch)
+        sums: dict[str, Tensor] = {}
+        token_losses = []
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             wait = nullcontext() if last or world == 1 else self.trainer.strategy.model.no_sync()  # type: ignore[union-attr,operator]
             with wait:
-                logits = self(part)
-                loss, _ = token_loss_sum(logits, part["labels"])
-                if self.mixture is not None:
-                    rows.append(row_losses(logits, part["labels"]))
-                del logits  # not longer than the loss needs them
-                # DDP averages gradients over processes; the step's mean is over all their tokens together.
-                self.manual_backward(loss * (world / count))
-            total += loss.detach()
+                found = self.objectives(self.model, part, coefficients)
+                self.manual_backward(found.total)
+            for name, value in found.sums.items():
+                sums[name] = sums[name] + value if name in sums else value
+            token_losses.append(found.token_losses)
+            del found
         if self.mixture is not None:
-            losses, counts = (torch.cat(parts) for parts in zip(*rows, strict=True))
-            sums, tokens = (domain_sums(values, batch["domain"], len(self.stream.domains)) for values in (losses, counts))
-            self.domain_losses = self._sum(sums).cpu(), self._sum(tokens).cpu()
-        return self._sum(total) / count
+            losses = torch.cat([values.sum(1) for values in token_losses if values is not None])
+            scored = (batch["labels"][:, 1:] != -100).sum(1)
+            totals, tokens = (domain_sums(values, batch["domain"], len(self.stream.domains)) for values in (losses, scored))
+            self.domain_losses = self._sum(totals).cpu(), self._sum(tokens).cpu()
+        means = {name: self._sum(value) / counts[name.partition("/")[0]] for name, value in sums.items()}
+        return torch.stack([weight * means[name] for name, weight in weights.items()]).sum(), means
+
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        size = self.run_config.training.micro_batch_rows or len(batch["input_ids"])
+        return [{k: v[i : i + size] for k, v in batch.items()} for i in range(0, len(batch["input_ids"]), size)]
+
+    def _gradient_norms(self, batch: Batch, step: int) -> dict[str, float]:
+        """Measure the norm of each objective's gradient, without its weight, when it is time, and set the weights that are `auto`.
+
+        It is that of the mean over the first micro-batch of every process, the root mean square over processes.
+        """
+        every = self.run_config.training.gradient_norms_every
+        active = list(self.weights_at(step))
+        unknown = [name for name in active if self.settings[name].weight == AUTO and name not in self.auto]
+        if not unknown and not (every and step % every == 0):
+            return {}
+        reference = reference_of(self.settings)
+        if reference is not None and reference not in active and any(self.settings[name].weight == AUTO for name in active):
+            active.append(reference)
+        part = self._micro_batches(batch)[0]
+        coefficients = {name: 1.0 / count.clamp(min=1) for name, count in self.objectives.counts(part, active).items()}
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        norms = {}
+        for name, total in self.objectives.each(self.model, part, coefficients):
+            found = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
+            square = torch.stack([g.float().square().sum() for g in found if g is not None]).sum()
+            del found
+            norms[name] = float((self._sum(square) / self.trainer.world_size).sqrt())
+        for name, norm in norms.items():
+            if self.settings[name].weight == AUTO and 0 < norm < float("inf"):
+                assert reference is not None
+                self.auto[name] = self._reference_weight * norms[reference] / norm
+        return norms
 
     def _domain_counts(self, batch: Batch) -> Tensor:
         """Return how many tokens of each source a batch holds, int64 [sources]."""
@@ -199,6 +275,8 @@ class TernaryModule(pl.LightningModule):
             "domain_tokens": self.domain_tokens.tolist(),
             "loader": json.dumps(self._joined(self.loader.state_dict(self.rows_seen))),
             "mixture": None if self.mixture is None else json.dumps(self.mixture.state_dict()),
+            "auto_weights": dict(self.auto),
+            "teacher": self.objectives.teacher.digest if self.objectives.teacher is not None else None,
             "tokens_seen": self.tokens_seen,
             "elapsed": self.elapsed,
             "threads": torch.get_num_threads(),
@@ -211,6 +289,7 @@ class TernaryModule(pl.LightningModule):
         self.rows_seen, self.tokens_seen = state["rows_seen"], state["tokens_seen"]
         self.domain_tokens = torch.tensor(state["domain_tokens"], dtype=torch.int64)
         self._loader_state = json.loads(state["loader"])
+        self.auto = dict(state.get("auto_weights", {}))
         if self.mixture is not None:
             self.mixture.load_state_dict(json.loads(state["mixture"]))
         self.elapsed = state["elapsed"]

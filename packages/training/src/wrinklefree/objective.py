@@ -30,22 +30,6 @@ def scored_tokens(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORED).sum().to(torch.int64)
 
 
-def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's summed next-token cross-entropy and how many tokens it was summed over.
-
-    Row by row, so that no second array of the logits' size is needed; no gradient flows.
-
-    Args:
-        logits: float `[B, T, V]`.
-        labels: int64 `[B, T]`, unshifted; -100 where no prediction is scored.
-
-    Returns:
-        float32 `[B]` in nats, and int64 `[B]`.
-    """
-    pairs = [token_loss_sum(logits[i : i + 1].detach(), labels[i : i + 1]) for i in range(len(labels))]
-    return torch.stack([loss for loss, _ in pairs]), torch.stack([count for _, count in pairs])
-
-
 def domain_sums(values: Tensor, owner: Tensor, domains: int) -> Tensor:
     """Return the sums of the rows of each domain, `[K]`, of `values`' type.
 

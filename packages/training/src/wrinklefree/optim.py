@@ -5,7 +5,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from bitnet_arch import bitlinear_layers
+from bitnet_arch import UserError, bitlinear_layers
 from torch import nn
 
 from wrinklefree.config import TrainingConfig
@@ -34,6 +34,20 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
             decays = parameter.ndim >= 2 and id(parameter) not in embeddings
             groups[config.weight_decay if decays else 0.0, rates.get(name, 1.0)].append(parameter)
     return [{"params": found, "weight_decay": decay, "rate_share": share} for (decay, share), found in groups.items()]
+
+
+def train_gains_only(model: nn.Module) -> None:
+    """Freeze everything but the gains of norms.
+
+    Raises:
+        UserError: if the model has none.
+    """
+    model.requires_grad_(False)
+    gains = [m.weight for m in model.modules() if type(m).__name__.endswith(("Norm", "SubLN")) and hasattr(m, "weight")]
+    for gain in gains:
+        gain.requires_grad_(True)
+    if not gains:
+        raise UserError("training.trainable=gains trains norms, and the model has none with a gain: leave it out")
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.Optimizer:

@@ -10,6 +10,8 @@ from bitnet_arch import UserError
 from torch import nn
 
 from wrinklefree.config import MixtureConfig, RunConfig
+from wrinklefree.curriculum import CurriculumConfig
+from wrinklefree.teachers.settings import TeacherConfig
 
 KEY = "wrinklefree"
 """Where a Lightning checkpoint holds what is ours."""
@@ -79,8 +81,17 @@ def check_config(path: Path, content: Mapping[str, Any], config: RunConfig) -> N
     Raises:
         UserError: naming the first setting that differs, unless it is in `FREE_TO_CHANGE`.
     """
-    # A checkpoint may be older than the key, and then nothing steered its mixture.
-    _check_same({"mixture": plain(MixtureConfig()), **content[KEY]["config"]}, plain(config), path)
+    _check_same(_with_defaults(content[KEY]["config"], plain(config)), plain(config), path)
+
+
+def check_teacher(path: Path, content: Mapping[str, Any], digest: str | None) -> None:
+    """Refuse to continue a checkpoint with another teacher.
+
+    Raises:
+        UserError: saying so.
+    """
+    if content[KEY].get("teacher") != digest:
+        raise UserError(f"{path} was trained with another teacher: restore it, or start again in another output_dir")
 
 
 def check_fits(path: Path, content: Mapping[str, Any], identity: Identity, module: nn.Module, groups: list[dict[str, Any]]) -> None:
@@ -111,6 +122,24 @@ def check_fits(path: Path, content: Mapping[str, Any], identity: Identity, modul
             f"{path} was trained on other text or with another tokenizer (a file of the data has changed): "
             "restore it, or start again in another output_dir"
         )
+
+
+def _with_defaults(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in what a checkpoint is too old to know: groups and keys that came later, with the values that change nothing."""
+    filled = {**_LATER_GROUPS, **old}
+    for group, keys in _LATER_KEYS.items():
+        if isinstance(filled.get(group), dict) and isinstance(new.get(group), dict):
+            filled[group] = {**keys, **filled[group]}
+    return filled
+
+
+_LATER_GROUPS: dict[str, Any] = {
+    "mixture": plain(MixtureConfig()),
+    "objectives": {"ce": {"weight": 1.0}},
+    "teacher": plain(TeacherConfig()),
+    "curriculum": plain(CurriculumConfig()),
+}
+_LATER_KEYS: dict[str, dict[str, Any]] = {"training": {"trainable": "all", "gradient_norms_every": 0}, "model": {"lrc": None}}
 
 
 def _older(path: Path) -> str:

@@ -24,7 +24,10 @@ from wrinklefree.config import RunConfig
 from wrinklefree.evaluation import heldout_loss, perplexity
 from wrinklefree.files import write_json, write_text, writing
 from wrinklefree.models import Start, build_start
+from wrinklefree.optim import train_gains_only
 from wrinklefree.resume import KEY, check_config, plain, read_checkpoint
+from wrinklefree.teachers.base import Teacher
+from wrinklefree.teachers.load import load_teacher
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,24 @@ def train(config: RunConfig) -> Outcome:
     say(f"run directory: {directory}")
     start = build_start(config, _saved_tokenizer(resume) if resume else None)
     say(f"model: {start.note}")
+    if config.own_lambda and config.training.lambda_schedule != "constant":
+        decides = "model.lrc, whose weights are ternary already," if config.model.lrc is not None else "the curriculum"
+        say(f"lambda: {decides} decides it, not training.lambda_schedule={config.training.lambda_schedule}")
+    if config.training.trainable == "gains":
+        train_gains_only(start.model)
+    teacher = _teacher(config, start)
     seed = config.training.seed
     train_rows = PackedStream(config.data, start.tokenizer, seed=seed)
     heldout = PackedStream(config.data, start.tokenizer, seed=seed, split="heldout")
     heldout.heldout_rows()  # now: a split with nothing in it must not be found out after the training
     twin = copy.deepcopy(start.model) if config.training.compare_fp and start.original is None else None
     with wandb_logger(config, directory) as logger:
-        common: dict[str, Any] = {"config": config, "logger": logger, "tokenizer": start.trained_tokenizer}
+        common: dict[str, Any] = {"config": config, "logger": logger, "tokenizer": start.trained_tokenizer, "teacher": teacher}
         ternary = train_arm("ternary", start.model, train_rows, heldout, directory, quantized=True, resume=resume, **common)
         if ternary.interrupted:
             return Outcome(None, ternary.checkpoint)
         if _is_first():
-            save_master(ternary.model, directory / "model", start.tokenizer, start.provenance)
+            save_master(ternary.model, directory / "model", start.tokenizer, _provenance(start, teacher))
         arms = {"ternary": directory / "metrics.jsonl"}
         reference: ArmResult | None = None
         if twin is not None:
@@ -74,7 +83,7 @@ def train(config: RunConfig) -> Outcome:
     if not _is_first():
         return Outcome(None)
     loss_fp = reference.heldout_loss if reference else _original_loss(start, config, heldout)
-    return Outcome(_finish(config, start, ternary, reference, loss_fp, arms, directory))
+    return Outcome(_finish(config, start, ternary, reference, loss_fp, arms, directory, teacher))
 
 
 def _finish(
@@ -85,6 +94,7 @@ def _finish(
     loss_fp: float | None,
     arms: dict[str, Path],
     directory: Path,
+    teacher: Teacher | None,
 ) -> dict[str, Any]:
     plot_losses(directory / "loss.png", arms)
     say("exporting model.gguf and proving it ...")
@@ -94,6 +104,7 @@ def _finish(
     summary = {
         "model": config.model.name,
         "source": start.note,
+        "teacher": None if teacher is None else teacher.note,
         "ppl_ternary": finite(perplexity(ternary.heldout_loss)),
         "ppl_fp": None if loss_fp is None else finite(perplexity(loss_fp)),
         "fp": compared,
@@ -105,6 +116,21 @@ def _finish(
     }
     write_json(directory / "summary.json", summary)
     return summary
+
+
+def _teacher(config: RunConfig, start: Start) -> Teacher | None:
+    if not config.needs_teacher:
+        return None
+    teacher = load_teacher(config.teacher, start.original, start.note, start.tokenizer)
+    say(f"teacher: {teacher.note}")
+    return teacher
+
+
+def _provenance(start: Start, teacher: Teacher | None) -> str | None:
+    if teacher is None or teacher.note in (start.note, start.provenance):
+        return start.provenance
+    taught = f"distilled from {teacher.note}"
+    return taught if start.provenance is None else f"{start.provenance}; {taught}"
 
 
 def _original_loss(start: Start, config: RunConfig, heldout: PackedStream) -> float | None:

@@ -1,0 +1,69 @@
+"""A low-rank correction as the model that is trained."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from bitnet_arch.families import quantized_names
+from bitnet_arch.lrc.model import LRCConfig, adapter_parameters, add_lrc, start_lrc
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from wrinklefree.mapping import require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorrectionConfig:
+    """A low-rank correction of ternary layers, which is then trained (`bitnet_arch.lrc`).
+
+    Attributes:
+        rank: a whole number (of a matrix whose smaller side is less, that side), or a share of a layer's smaller side as a number
+            below 1.
+        start: "solved" rounds the weights and solves for the adapters on calibration text, layer by layer, in turn; "random" rounds
+            them by absmean, and starts from a correction that is zero.
+        quantizer: what rounds, of "solved"; see `bitnet_arch.ptq`.
+        alternations: how often weights are rounded and adapters solved for, of "solved".
+        calibration_rows: rows of 512 tokens, of "solved".
+        dtype: what adapters are stored in.
+    """
+
+    rank: int | float
+    start: Literal["solved", "random"] = "solved"
+    quantizer: Literal["gptq", "absmean", "least_squares"] | None = None
+    alternations: int | None = None
+    calibration_rows: int = 16
+    dtype: Literal["float16", "int8"] = "float16"
+
+    def __post_init__(self) -> None:
+        for name in ("quantizer", "alternations"):
+            require(
+                self.start == "solved" or getattr(self, name) is None,
+                f"model.lrc.{name} has no effect with start=random, which solves nothing: leave it out",
+            )
+        require(self.calibration_rows > 0, f"model.lrc.calibration_rows must be positive, not {self.calibration_rows}")
+        self.settings()
+
+    def settings(self) -> LRCConfig:
+        """Return the solver's own configuration."""
+        steps = 1 if self.alternations is None else self.alternations
+        return LRCConfig(rank=self.rank, dtype=self.dtype, quantizer=self.quantizer or "gptq", steps=steps)
+
+    def build(self, model: PreTrainedModel, calibration: Iterable[Tensor]) -> PreTrainedModel:
+        """Correct a float model, which must not be used afterwards; only the adapters are left to be trained.
+
+        Raises:
+            bitnet_arch.UserError: for a rank above a matrix's, or a model that cannot be corrected.
+        """
+        sides = [min(model.get_parameter(f"{name}.weight").shape) for name in quantized_names(model)]
+        require(
+            self.rank <= max(sides),
+            f"model.lrc.rank={self.rank} is above every ternary matrix's smaller side, at most {max(sides)}: lower it",
+        )
+        if self.start == "solved":
+            corrected = add_lrc(model, calibration, self.settings())
+        else:
+            corrected = start_lrc(model, self.rank, self.dtype)
+        corrected.requires_grad_(False)
+        for parameter in adapter_parameters(corrected):
+            parameter.requires_grad_(True)
+        return corrected

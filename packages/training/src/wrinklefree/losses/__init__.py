@@ -1,0 +1,1 @@
+"""Losses as pure functions of tensors: nothing here knows a model, a batch or a configuration."""

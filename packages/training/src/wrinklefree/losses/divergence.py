@@ -1,0 +1,79 @@
+"""Divergences between a teacher's and a student's distributions of the next token, row by row."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Direction = Literal["forward", "reverse"]
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return each row's cross-entropy in nats, `[N]`, 0 where the target is -100.
+
+    Args:
+        logits: float `[N, V]`.
+        targets: int64 `[N]`.
+    """
+    return F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)
+
+
+def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, direction: Direction = "forward") -> Tensor:
+    """Return each row's KL divergence between the softmaxes at a temperature, in nats, float `[N]`.
+
+    "forward" is KL(teacher || student), which BitDistill takes (arXiv 2510.13998, L_LD); "reverse" is KL(student || teacher). The
+    gradient of the student's logits shrinks with the square of the temperature (Hinton et al. 2015); whoever wants that undone
+    multiplies by its square.
+
+    Args:
+        student: logits, float `[N, V]`.
+        teacher: logits, float `[N, V]`.
+        temperature: what logits are divided by.
+        direction: which of the two is the reference.
+    """
+    log_s = F.log_softmax(student / temperature, dim=-1)
+    log_t = F.log_softmax(teacher / temperature, dim=-1)
+    if direction == "reverse":
+        log_s, log_t = log_t, log_s
+    return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
+
+
+def top_log_probabilities(teacher: Tensor, top_k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the largest log-probabilities of each row at a temperature, float `[N, k]`, and their tokens, int64 `[N, k]`."""
+    scaled = teacher / temperature
+    values, tokens = scaled.topk(top_k, dim=-1)
+    return values - scaled.logsumexp(-1, keepdim=True), tokens
+
+
+def top_k_divergence(
+    student: Tensor, log_probabilities: Tensor, tokens: Tensor, temperature: float = 1.0, direction: Direction = "forward"
+) -> Tensor:
+    """Return each row's KL divergence over k tokens of the teacher's and one bucket for all others, in nats, float `[N]`.
+
+    The bucket makes it a divergence of two distributions: without it the student could put mass elsewhere for nothing. It is at
+    most the divergence over the whole vocabulary, and equals it for k = V - 1 or V.
+
+    Args:
+        student: logits, float `[N, V]`.
+        log_probabilities: the teacher's, at the same temperature, float `[N, k]`; -inf where a row has fewer tokens.
+        tokens: int64 `[N, k]`, distinct in a row (any, where the log-probability is -inf).
+        temperature: what the student's logits are divided by.
+        direction: "forward" is KL(teacher || student).
+    """
+    absent = log_probabilities == -torch.inf
+    scaled = student / temperature
+    normaliser = scaled.logsumexp(-1, keepdim=True)
+    log_s = scaled.gather(-1, tokens) - normaliser
+    spare = scaled.shape[-1]  # a column for what is absent
+    inside = scaled.new_zeros(len(scaled), spare + 1, dtype=torch.bool)
+    inside = inside.scatter_(-1, tokens.masked_fill(absent, spare), True)[:, :-1]
+    rest_s = scaled.masked_fill(inside, -torch.inf).logsumexp(-1, keepdim=True) - normaliser
+    rest_t = torch.log1p(-log_probabilities.exp().sum(-1, keepdim=True).clamp(max=1.0))
+    log_s = torch.cat([log_s.masked_fill(absent, -torch.inf), rest_s], dim=-1)
+    log_t = torch.cat([log_probabilities, rest_t], dim=-1)
+    if direction == "reverse":
+        log_s, log_t = log_t, log_s
+        log_s = log_s.clamp(min=-100.0)  # mass where the teacher has none at all costs much, not infinitely much
+    gap = torch.where(log_t == -torch.inf, torch.zeros_like(log_t), log_t - log_s)
+    return (log_t.exp() * gap).sum(-1)

@@ -1,0 +1,1 @@
+"""Where a teacher's distributions and hidden states come from."""

@@ -1,0 +1,304 @@
+"""Objectives on tiny models: what each changes, its control, and that they share their forward passes."""
+
+import copy
+
+import pytest
+import torch
+from bitnet_arch import ConversionConfig, UserError, convert_model
+from bitnet_arch.testing import tiny_llama
+from torch.nn import functional as F
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from wrinklefree.module import model_logits
+from wrinklefree.objectives import Objectives, parse_objectives
+from wrinklefree.teachers.base import Shape
+from wrinklefree.teachers.local import LocalTeacher
+from wrinklefree.views import Needs, forward_views
+
+VOCABULARY, TIME = 64, 12
+EVERYTHING = {
+    "ce": {},
+    "logits": {"temperature": 5.0},
+    "relations": {"layer": -2, "heads": 4},
+    "layers": {"kind": "layerwise"},
+    "forced": {"kind": "layerwise", "mode": "teacher_forced"},
+}
+
+
+def llama(seed=0, **sizes):
+    return tiny_llama(**({"hidden": 32, "ffn": 64, "layers": 3, "vocab": VOCABULARY, "seed": seed} | sizes))
+
+
+def student(seed=0):
+    return convert_model(llama(seed), ConversionConfig(gain="one"))
+
+
+def batch(seed=0, rows=3):
+    """Two documents and padding in every row, of lengths that differ from row to row."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCABULARY, (rows, TIME), generator=generator)
+    documents, positions = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row in range(rows):
+        documents[row, : 5 + row], documents[row, 5 + row : TIME - row] = 1, 2
+        positions[row, : 5 + row] = torch.arange(5 + row)
+        positions[row, 5 + row : TIME - row] = torch.arange(TIME - 5 - 2 * row)
+    labels = torch.where((documents == 0) | (positions == 0), -100, ids)
+    return {"input_ids": ids, "labels": labels, "document_ids": documents, "position_ids": positions}
+
+
+def build(values, model, teacher=None):
+    settings = parse_objectives(values)
+    return Objectives({name: item.objective for name, item in settings.items()}, Shape.of(model), teacher)
+
+
+def local(model, **options):
+    return LocalTeacher(copy.deepcopy(model), "a teacher", **options)
+
+
+def means(objectives, model, data):
+    counts = objectives.counts(data, objectives.objectives)
+    losses = objectives(model, data, {name: 1.0 / count for name, count in counts.items()})
+    return losses, {name: losses.sums[name] / counts[name] for name in counts}
+
+
+def trained(values, model, teacher, steps=60, rate=3e-3, weights=None):
+    """Train on two batches in turn; return the objectives' means on them, before and after."""
+    objectives, data = build(values, model, teacher), [batch(seed) for seed in (0, 1)]
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.0)
+    before = [{n: float(v) for n, v in means(objectives, model, part)[1].items()} for part in data]
+    for step in range(steps):
+        part = data[step % 2]
+        counts = objectives.counts(part, objectives.objectives)
+        coefficients = {name: (weights or {}).get(name, 1.0) / count for name, count in counts.items()}
+        optimizer.zero_grad()
+        objectives(model, part, {name: c for name, c in coefficients.items() if float(c)}).total.backward()
+        optimizer.step()
+    after = [{n: float(v) for n, v in means(objectives, model, part)[1].items()} for part in data]
+    return tuple({name: sum(part[name] for part in side) / 2 for name in side[0]} for side in (before, after))
+
+
+def test_cross_entropy_is_that_of_whole_logits():
+    model, data = student(), batch()
+    losses, found = means(build({"ce": {}}, model), model, data)
+    expected = F.cross_entropy(model_logits(model, data)[:, :-1].flatten(0, 1), data["labels"][:, 1:].flatten())
+    torch.testing.assert_close(found["ce"], expected.detach())
+    a = torch.autograd.grad(losses.total, model.parameters())
+    b = torch.autograd.grad(expected, model.parameters())
+    for ours, textbook in zip(a, b, strict=True):
+        torch.testing.assert_close(ours, textbook, rtol=1e-4, atol=1e-6)
+    assert losses.token_losses.shape == data["labels"].shape
+    torch.testing.assert_close(losses.token_losses.sum(), losses.sums["ce"])
+
+
+def test_a_prompt_that_is_not_to_be_learnt_changes_no_fine_tuning_loss():
+    """SFT: only answers have labels."""
+    model, data = student(), batch()
+    answers = data | {"labels": data["labels"].clone()}
+    answers["labels"][:, :3] = -100
+    objectives = build({"ce": {}}, model)
+    _, whole = means(objectives, model, data)
+    losses, only = means(objectives, model, answers)
+    assert abs(float(whole["ce"] - only["ce"])) > 1e-3
+    assert float(losses.token_losses[:, :2].abs().max()) == 0.0
+    assert int(objectives.counts(answers, ["ce"])["ce"]) == int((answers["labels"] != -100).sum())
+
+
+def test_everything_together_takes_one_forward_of_each_model_and_the_teachers_none_without_need(monkeypatch):
+    from wrinklefree.objectives import manager
+    from wrinklefree.teachers import local as module
+
+    calls = []
+    monkeypatch.setattr(manager, "forward_views", lambda model, *args: calls.append("student") or forward_views(model, *args))
+    monkeypatch.setattr(module, "forward_views", lambda model, *args: calls.append("teacher") or forward_views(model, *args))
+    model, data = student(), batch()
+    shared = {name: value for name, value in EVERYTHING.items() if name != "forced"}  # which runs the student its own way
+    objectives = build(shared, model, local(llama(1)))
+    means(objectives, model, data)
+    assert sorted(calls) == ["student", "teacher"]
+    calls.clear()
+    objectives(model, data, {"ce": torch.tensor(1.0)})
+    assert calls == ["student"]
+
+
+def test_the_sum_of_all_is_the_sum_of_each():
+    model, data = student(), batch()
+    objectives = build(EVERYTHING, model, local(llama(1)))
+    coefficients = {name: torch.tensor(0.1 * (i + 1)) for i, name in enumerate(EVERYTHING)}
+    together = objectives(model, data, coefficients)
+    apart = dict(objectives.each(model, data, coefficients))
+    torch.testing.assert_close(together.total, sum(apart.values()))
+    whole = torch.autograd.grad(together.total, model.parameters())
+    parts = [
+        torch.autograd.grad(t, model.parameters(), retain_graph=True, materialize_grads=True, allow_unused=True)
+        for t in apart.values()
+    ]
+    for i, gradient in enumerate(whole):
+        torch.testing.assert_close(gradient, sum(part[i] for part in parts), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(together.sums["relations"], sum(together.sums[f"relations/{x}"] for x in "qkv"))
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_the_mean_of_a_step_does_not_depend_on_how_it_is_cut(name):
+    model, data = student(), batch()
+    objectives = build({name: EVERYTHING[name]}, model, local(llama(1)))
+    count = objectives.counts(data, [name])[name]
+    whole = objectives(model, data, {name: 1.0 / count}).total
+    cut = [{key: value[i : i + 1] for key, value in data.items()} for i in range(3)]
+    parts = [objectives(model, part, {name: 1.0 / count}).total for part in cut]
+    torch.testing.assert_close(torch.stack(parts).sum(), whole, rtol=1e-4, atol=1e-6)
+    a = torch.autograd.grad(whole, model.parameters(), allow_unused=True)
+    b = torch.autograd.grad(torch.stack(parts).sum(), model.parameters(), allow_unused=True)
+    for ours, theirs in zip(a, b, strict=True):
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in EVERYTHING if name != "ce"])
+def test_an_objective_brings_the_student_to_its_teacher_and_not_to_another(name):
+    """Its control is the distance from a teacher whose weights are others: it falls by less, if at all."""
+    teacher, other = local(llama(1)), local(llama(2))
+    model = convert_model(llama(0), ConversionConfig(norm="none"))
+    away = build({name: EVERYTHING[name]}, model, other)
+    start = sum(float(means(away, model, batch(seed))[1][name]) for seed in (0, 1)) / 2
+    before, after = trained({name: EVERYTHING[name]}, model, teacher)
+    end = sum(float(means(away, model, batch(seed))[1][name]) for seed in (0, 1)) / 2
+    fell, fell_away = before[name] - after[name], start - end
+    assert after[name] < 0.3 * before[name]
+    assert fell_away < 0.2 * fell
+
+
+def test_a_weight_of_nothing_leaves_the_student_where_the_others_lead_it():
+    one, two = student(), student()
+    trained({"ce": {}}, one, None, steps=5)
+    trained({"ce": {}, "logits": {}}, two, local(llama(1)), steps=5, weights={"logits": 0.0})
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+    three = student()
+    trained({"ce": {}, "logits": {}}, three, local(llama(1)), steps=5, weights={"logits": 1.0})
+    assert not all(torch.equal(a, b) for a, b in zip(one.parameters(), three.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("logits", {"tau_squared": True}),
+        ("logits", {"direction": "reverse"}),
+        ("logits", {"top_k": 4}),
+        ("logits", {"scope": "attended"}),
+        ("relations", {"normalisation": "official"}),
+        ("relations", {"causal": False}),
+        ("relations", {"per_head": True}),
+        ("relations", {"layer": 0}),
+        ("relations", {"teacher_layer": 0}),
+        ("relations", {"heads": 2}),
+        ("layers", {"distance": "cosine"}),
+        ("layers", {"distance": "relation", "heads": 2}),
+        ("layers", {"weights": "linear"}),
+        ("layers", {"weights": "last", "last": 1}),
+        ("layers", {"mode": "teacher_forced"}),
+    ],
+    ids=str,
+)
+def test_every_option_changes_the_loss(name, changes):
+    model, data, teacher = student(), batch(), local(llama(1))
+    plain = means(build({name: EVERYTHING[name]}, model, teacher), model, data)[1][name]
+    changed = means(build({name: EVERYTHING[name] | changes}, model, teacher), model, data)[1][name]
+    assert abs(float(changed / plain) - 1) > 1e-3
+    if changes == {"tau_squared": True}:
+        assert float(changed / plain) == pytest.approx(25.0, rel=1e-5)
+    if changes == {"per_head": True}:
+        assert float(changed / plain) == pytest.approx(0.25, rel=1e-5)
+
+
+def test_blocks_that_read_the_teachers_states_feel_no_error_of_the_blocks_before():
+    """Teacher-forced, a student that differs in its first block alone is off in that block alone; free-running, in all."""
+    teacher, model = llama(0), llama(0)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.add_(1.0)
+    found = {}
+    for mode in ("free", "teacher_forced"):
+        losses, _ = means(build({"x": {"kind": "layerwise", "mode": mode}}, model, local(teacher)), model, batch())
+        found[mode] = [float(losses.sums[f"x/{block}"]) for block in range(3)]
+    assert found["teacher_forced"][0] == pytest.approx(found["free"][0], rel=1e-4)
+    assert found["teacher_forced"][0] > 1.0
+    assert max(found["teacher_forced"][1:]) < 1e-6 < 1e-2 < min(found["free"])
+
+
+def test_relations_take_what_attention_takes_and_leave_it_as_it_is():
+    """After q/k norms and rotary positions, before groups are repeated; the model's outputs are the same bits."""
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    torch.manual_seed(0)
+    model, data = Qwen3ForCausalLM(config).eval(), batch()
+    plain = forward_views(model, data, Needs(logits=True))
+    seen = forward_views(model, data, Needs(logits=True, qkv=frozenset([1])))
+    assert torch.equal(plain.last, seen.last)
+    assert model.config._attn_implementation == "sdpa"
+    q, k, v = seen.qkv[1]
+    assert (q.shape, k.shape, v.shape) == ((3, 4, TIME, 8), (3, 2, TIME, 8), (3, 2, TIME, 8))
+    attention = model.model.layers[1].self_attn
+    hidden = model.model.layers[1].input_layernorm(forward_views(model, data, Needs(hidden=frozenset([0]))).hidden[0])
+    normed = attention.q_norm(attention.q_proj(hidden).view(3, TIME, 4, 8)).transpose(1, 2)
+    # At position 0 rotary positions do nothing; elsewhere they keep lengths and change directions.
+    torch.testing.assert_close(q[:, :, 0], normed[:, :, 0])
+    torch.testing.assert_close(q.norm(dim=-1), normed.norm(dim=-1))
+    assert not torch.allclose(q[:, :, 1], normed[:, :, 1])
+    torch.testing.assert_close(v, attention.v_proj(hidden).view(3, TIME, 2, 8).transpose(1, 2))
+
+
+def test_a_wider_and_deeper_teacher_serves_relations_and_logits():
+    big = llama(1, hidden=64, layers=5, heads=8, kv_heads=2)
+    model = student()
+    objectives = build({"logits": {}, "relations": {"layer": -2, "heads": 4}}, model, local(big))
+    assert objectives.objectives["relations"].layers(Shape.of(model), Shape.of(big)) == (1, 3)
+    _, found = means(objectives, model, batch())
+    assert all(value > 0 for value in found.values())
+
+
+@pytest.mark.parametrize(
+    ("values", "sizes", "message"),
+    [
+        ({"logits": {}}, {"vocab": 80}, "logits of 80 tokens and the model of 64"),
+        ({"relations": {"layer": 3, "heads": 4}}, {}, "layer=3 is out of range: the model has 3 layers"),
+        ({"relations": {"layer": -4, "heads": 4}}, {}, "layer=-4 is out of range"),
+        ({"relations": {"layer": 0, "teacher_layer": 9, "heads": 4}}, {}, "teacher_layer=9 is out of range"),
+        ({"relations": {"layer": 0, "heads": 5}}, {}, "5 relation heads do not divide the model's queries of width 32"),
+        ({"layerwise": {}}, {"layers": 4}, "depth is 4, the model's 3"),
+        ({"layerwise": {}}, {"hidden": 64}, "width is 64, the model's 32"),
+        ({"layerwise": {"weights": "last", "last": 4}}, {}, "out of range"),
+        ({"logits": {"top_k": 64}}, {}, "leaves no token"),
+    ],
+    ids=str,
+)
+def test_models_that_do_not_fit_are_refused_before_the_first_step(values, sizes, message):
+    with pytest.raises(UserError, match=message):
+        build(values, student(), local(llama(1, **sizes)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"klm": {}}, "objectives.klm: kind must be one of ce, logits, relations, layerwise"),
+        ({"ce": {"weight": -1}}, "objectives.ce.weight must be a number of at least 0 or auto"),
+        ({"ce": {"weight": 0}}, "none of a weight above 0"),
+        ({"ce": {"temperature": 2}}, "unknown key objectives.ce.temperature"),
+        ({"logits": {"temprature": 2}}, "did you mean temperature"),
+        ({"logits": {"temperature": 0}}, "temperature must be positive"),
+        ({"logits": {"tau_squared": True}}, "tau_squared has no effect at temperature 1"),
+        ({"relations": {}}, "objectives.relations.layer is missing"),
+        ({"relations": {"layer": 0, "weight": "auto"}}, "there is none with a weight: add ce"),
+        ({"layerwise": {"last": 2}}, "belongs to weights=last"),
+        ({"layerwise": {"heads": 2}}, "belongs to distance=relation"),
+        ({"ce": 3}, "must be a mapping"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_meant_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        parse_objectives(values)

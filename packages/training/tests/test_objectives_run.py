@@ -1,0 +1,255 @@
+"""Objectives, teachers and curricula in whole runs, through the command line, in this process."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from bitnet_arch import bitlinear_layers, load_model, save_master
+from bitnet_arch.testing import tiny_bitnet, tiny_llama, tiny_tokenizer
+from safetensors.torch import load_file
+from wrinklefree import artifacts, run
+from wrinklefree.callbacks import read_metrics
+from wrinklefree.cli import main
+
+PRESETS = (
+    "base",
+    "smoke",
+    "stage1_subln",
+    "stage1_9_layerwise",
+    "stage2_pretrain",
+    "stage3_distill",
+    "bitdistill_full",
+    "bitdistill_official",
+    "lrc_calibration",
+    "sft",
+)
+TAUGHT = {"stage1_9_layerwise", "stage3_distill", "bitdistill_full", "bitdistill_official", "lrc_calibration"}
+BOTH = "objectives={ce: {weight: 1.0}, logits: {weight: 1.0, temperature: 2.0}}"
+ALL_THREE = "objectives={ce: {}, logits: {temperature: 2.0}, relations: {weight: auto, layer: -1, heads: 4}}"
+
+
+@pytest.fixture(autouse=True)
+def without_engine(monkeypatch):
+    """Export runs in its own tests; here it only takes time."""
+    monkeypatch.setattr(artifacts.importlib.util, "find_spec", lambda name: None)
+
+
+@pytest.fixture
+def quick(overrides):
+    """Overrides of a run of the ternary arm alone, in this process."""
+    return [*overrides, "training.compare_fp=false", "training.eval_every=0"]
+
+
+def directory_of(overrides):
+    return Path(next(o for o in reversed(overrides) if o.startswith("output_dir=")).split("=", 1)[1])
+
+
+def ran(overrides, *more):
+    assert main([*overrides, *more]) == 0
+    directory = directory_of([*overrides, *more])
+    return directory, read_metrics(directory / "metrics.jsonl")
+
+
+def weights(directory):
+    return load_file(directory / "model" / "model.safetensors")
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_runs_on_the_tiny_model(preset, overrides, capsys):
+    kept = [o for o in overrides if not o.startswith(("model.", "training="))]
+    directory, lines = ran(kept, "model=tiny", f"training={preset}", "training.max_steps=3", "training.wandb=off")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    summary = json.loads((directory / "summary.json").read_text())
+    said = capsys.readouterr().err
+    if preset in TAUGHT:
+        assert "made on the spot in 3 steps" in said
+        assert "stand-in" in summary["teacher"]
+        assert (directory / "teacher" / "model.safetensors").is_file()
+        assert "stand-in" in json.loads((directory / "model" / "provenance.json").read_text())["source"]
+    else:
+        assert summary["teacher"] is None
+        assert not (directory / "teacher").exists()
+    assert load_model(directory / "model") is not None
+    if preset == "stage1_subln":
+        assert [line["lambda"] for line in lines] == [0.0] * 3
+    if preset == "lrc_calibration":
+        assert any("lrc_u" in name for name in weights(directory))
+
+
+def test_the_default_objective_alone_logs_what_it_always_did(quick):
+    _, lines = ran(quick)
+    assert not any(key.startswith("objective") for key in lines[0])
+
+
+def test_losses_and_gradient_norms_are_logged_by_name(quick, tmp_path):
+    _, lines = ran(quick, ALL_THREE, "training.gradient_norms_every=4")
+    for line in lines:
+        total = sum(line[f"objective/{n}"] * line[f"objective_weight/{n}"] for n in ("ce", "logits", "relations"))
+        assert line["loss"] == pytest.approx(total, rel=1e-5)
+        assert line["objective/relations"] == pytest.approx(sum(line[f"objective/relations/{x}"] for x in "qkv"), rel=1e-5)
+    assert ["objective_gradient/logits" in line for line in lines] == [True, False, False, False, True, False]
+    # Measuring changes no result where no weight is auto.
+    a, _ = ran(quick, BOTH, f"output_dir={tmp_path / 'measured'}", "training.gradient_norms_every=2")
+    b, _ = ran(quick, BOTH, f"output_dir={tmp_path / 'not'}")
+    assert same(weights(a), weights(b))
+
+
+def test_an_auto_weight_gives_a_gradient_the_norm_of_the_cross_entropys(quick):
+    _, lines = ran(quick, ALL_THREE, "training.gradient_norms_every=3")
+    for line in (lines[0], lines[3]):
+        weighted = line["objective_weight/relations"] * line["objective_gradient/relations"]
+        assert weighted == pytest.approx(line["objective_gradient/ce"], rel=1e-4)
+    assert (
+        lines[1]["objective_weight/relations"] == lines[0]["objective_weight/relations"] != lines[3]["objective_weight/relations"]
+    )
+
+
+def test_a_weight_of_nothing_loads_no_teacher_and_changes_no_bit(quick, tmp_path, monkeypatch):
+    plain, _ = ran(quick)
+    monkeypatch.setattr(run, "load_teacher", lambda *args: pytest.fail("a teacher was loaded"))
+    zero = "objectives={ce: {weight: 1.0}, logits: {weight: 0.0, temperature: 2.0}}"
+    silent, _ = ran(quick, zero, f"output_dir={tmp_path / 'zero'}")
+    phases = "curriculum.phases=[{until: 1.0, objectives: {logits: 0.0}}]"
+    never, _ = ran(quick, BOTH, phases, f"output_dir={tmp_path / 'never'}")
+    assert same(weights(plain), weights(silent))
+    assert same(weights(plain), weights(never))
+
+
+def test_micro_batches_change_no_objective(quick, tmp_path):
+    _, whole = ran(quick, ALL_THREE.replace("auto", "3.0"))
+    _, parts = ran(quick, ALL_THREE.replace("auto", "3.0"), "training.micro_batch_rows=1", f"output_dir={tmp_path / 'parts'}")
+    for name in ("ce", "logits", "relations"):
+        assert [line[f"objective/{name}"] for line in parts] == pytest.approx(
+            [line[f"objective/{name}"] for line in whole], rel=2e-3
+        )
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_run_continues_in_the_middle_of_a_phase_to_the_same_bits(quick, tmp_path, at):
+    phases = (
+        "curriculum.phases=[{until: 0.2, objectives: {logits: 0.0}, lambda_value: 0.0}, "
+        "{until: 0.9, interpolation: cosine, objectives: {logits: 1.0}, learning_rate: 0.5, lambda_value: 1.0, "
+        "data: {salad: 0.8, count: 0.2}}]"
+    )
+    settings = [*quick, ALL_THREE, phases, "training.gradient_norms_every=3", "training.checkpoint_every=2"]
+    whole, lines = ran(settings, "training.keep_checkpoints=9")
+    strengths = [line["lambda"] for line in lines]
+    assert strengths[:2] == [0.0, 0.0]
+    assert strengths[2:] == sorted(set(strengths[2:]))
+    assert 0 < strengths[2] < strengths[-1] < 1
+    broken = tmp_path / "broken"
+    shutil.copytree(whole, broken, ignore=shutil.ignore_patterns("summary.json", "step-6.ckpt"))
+    shutil.rmtree(broken / "model")
+    for path in (broken / "checkpoints").glob("step-*.ckpt"):
+        if int(path.stem.partition("-")[2]) > at:
+            path.unlink()
+    _, again = ran(settings, "training.keep_checkpoints=9", f"output_dir={broken}")
+    assert [{k: v for k, v in x.items() if k != "tokens_per_s"} for x in again] == [
+        {k: v for k, v in x.items() if k != "tokens_per_s"} for x in lines
+    ]
+    assert same(weights(whole), weights(broken))
+
+
+def test_shares_of_sources_follow_their_phase(quick):
+    phases = "curriculum.phases=[{until: 0.5, learning_rate: 1.0}, {until: 1.0, data: {salad: 0.95, count: 0.05}}]"
+    _, lines = ran(quick, phases, "training.max_steps=12")
+    first = lines[5]["tokens/salad"] / (lines[5]["tokens/salad"] + lines[5]["tokens/count"])
+    gained = {name: lines[11][f"tokens/{name}"] - lines[5][f"tokens/{name}"] for name in ("salad", "count")}
+    assert first == pytest.approx(0.5, abs=0.1)
+    assert gained["salad"] / sum(gained.values()) > 0.85
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    directory = tmp_path / "llama"
+    save_master(tiny_llama(hidden=64, ffn=128), directory, tiny_tokenizer())
+    return directory
+
+
+def from_directory(quick, directory, *more):
+    return [*(o for o in quick if not o.startswith("model.")), "model=smollm2_135m", f"model.pretrained={directory}", *more]
+
+
+def test_the_original_teaches_and_another_model_teaches_something_else(quick, pretrained, tmp_path):
+    """The control: with shuffled teachers the student goes elsewhere, and its distance from the original falls less."""
+    other = tmp_path / "other"
+    save_master(tiny_llama(hidden=64, ffn=128, seed=5), other, tiny_tokenizer())
+    settings = from_directory(quick, pretrained, "training.max_steps=30", "objectives={logits: {weight: 1.0}}")
+    settings.append("training.learning_rate=3e-3")
+    mine, lines = ran(settings)
+    wrong, away = ran(settings, f"teacher.model={other}", f"output_dir={tmp_path / 'wrong'}")
+    assert lines[-1]["objective/logits"] < 0.8 * max(line["objective/logits"] for line in lines)
+    assert not same(weights(mine), weights(wrong))
+    assert away[-1]["objective/logits"] > 2 * lines[-1]["objective/logits"]
+    assert str(other) in json.loads((wrong / "summary.json").read_text())["teacher"]
+
+
+def test_gains_alone_are_trained_and_the_model_is_ternary_afterwards(quick, pretrained):
+    settings = from_directory(quick, pretrained, "training=stage1_subln", "training.max_steps=4", "training.wandb=off")
+    directory, lines = ran([o for o in settings if o != "training=smoke"])
+    before = load_file(pretrained / "model.safetensors")
+    after = weights(directory)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    # Softened SubLN moves some scale of a norm into v_proj and up_proj at conversion.
+    assert all("norm" in name or "v_proj" in name or "up_proj" in name for name in changed)
+    assert any("sub_norm" in name for name in after)
+    assert [line["lambda"] for line in lines] == [0.0] * 4
+    assert all(float(layer.quant_lambda) == 1.0 for _, layer in bitlinear_layers(load_model(directory / "model")))
+
+
+def test_of_a_correction_the_adapters_alone_are_trained(quick, pretrained, tmp_path):
+    settings = [o for o in from_directory(quick, pretrained, "training=lrc_calibration") if o != "training=smoke"]
+    settings += ["model.lrc.rank=4", "model.lrc.calibration_rows=2", "training.wandb=off"]
+    less, _ = ran(settings, "training.max_steps=2", "training.learning_rate=1e-12", f"output_dir={tmp_path / 'less'}")
+    more, lines = ran(settings, "training.max_steps=20", "training.learning_rate=3e-3", f"output_dir={tmp_path / 'more'}")
+    a, b = weights(less), weights(more)
+    assert {name.rsplit(".", 1)[-1] for name in a if not torch.equal(a[name], b[name])} == {"lrc_u", "lrc_v"}
+    assert lines[-1]["objective/logits"] < lines[0]["objective/logits"]
+    random, first = ran(settings, "model.lrc.start=random", "training.max_steps=2", f"output_dir={tmp_path / 'random'}")
+    assert first[0]["objective/logits"] > lines[0]["objective/logits"]  # solving first helps
+    assert not same(weights(random), weights(less))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["objectives={logits: {}, ce: {}}", "teacher.model=nowhere"], "nowhere is neither a directory nor a hub id"),
+        (["teacher.model=somewhere"], "none of the objectives compares with a teacher"),
+        (["objectives={relations: {layer: 7, heads: 4}}"], "layer=7 is out of range"),
+        (["objectives={relations: {layer: 0, heads: 4}}", "teacher.compiled=true"], "teacher.compiled serves distributions alone"),
+        (["objectives={logits: {}}", "teacher.offload=true"], "teacher.offload has no effect on a CPU"),
+        (["objectives={logits: {}}", "teacher.device=gpu7"], "is no device of this machine"),
+        (["objectives={logits: {}}", "mixture=odm", "training.max_steps=20"], "give objectives.ce a weight"),
+        (["model.lrc={rank: 0.1}", "training.trainable=gains"], "training.trainable has no effect with model.lrc"),
+        (["model.lrc={rank: 0.1}", "model.norm=subln"], "model.norm has no effect with model.lrc"),
+        (["model.lrc={rank: 9999}"], "model.lrc.rank=9999 is above every ternary matrix's smaller side, at most 64"),
+    ],
+    ids=str,
+)
+def test_mistakes_end_in_one_sentence_before_the_first_step(quick, more, message, capsys):
+    assert main([*quick, *more]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err.splitlines()[-1]
+    assert captured.err.splitlines()[-1].startswith("error: ")
+    assert not (directory_of(quick) / "metrics.jsonl").exists()
+
+
+def test_a_teacher_that_reads_other_tokens_is_refused(quick, pretrained, tmp_path, capsys):
+    other = tmp_path / "other"
+    save_master(tiny_llama(hidden=64, ffn=128, vocab=640), other, tiny_tokenizer(640))
+    assert main([*from_directory(quick, pretrained), BOTH, f"teacher.model={other}"]) == 2
+    assert "has another tokenizer than the model (it has 640 tokens, the model's 512)" in capsys.readouterr().err
+
+
+def test_a_model_that_was_always_ternary_has_no_original_to_learn_from(quick, tmp_path, capsys):
+    directory = tmp_path / "ternary"
+    save_master(tiny_bitnet(hidden=64, ffn=128), directory, tiny_tokenizer())
+    settings = [o for o in from_directory(quick, directory) if not o.startswith("model=")]
+    assert main([*settings, "model=bitnet_2b", f"model.pretrained={directory}", BOTH]) == 2
+    assert "name one as teacher.model=DIR" in capsys.readouterr().err
