@@ -26,8 +26,8 @@ from transformers.cache_utils import DynamicLayer
 from wrinklefree.diffusion.loss import token_nll
 
 Batch = dict[str, Tensor]
-ROWS = 256
-"""Rows of a teacher's forward."""
+ROWS, POSITIONS = 256, 1024
+"""Rows of a teacher's forward, and positions of one that scores candidates: what bounds its memory."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,13 @@ class Teacher:
         mask = attention_argument(self.model, document_attention_mask(documents)[:, 0], at, at)
         return hidden_states(self.model, attention_mask=mask, position_ids=at, **{"use_cache": False} | inputs)
 
-    def chunks(self, size: int) -> Iterator[slice]:
-        """Yield the wanted tokens in slices of at most `size`, at least 1."""
-        size = max(1, size)
-        for start in range(0, len(self.rows), size):
-            yield slice(start, start + size)
+    def chunks(self, size: int, one_row: bool = False) -> Iterator[slice]:
+        """Yield the wanted tokens in slices of at most `size`, at least 1; with `one_row`, none goes over the end of a row."""
+        size, start = max(1, size), 0
+        for count in torch.bincount(self.rows).tolist() if one_row else [len(self.rows)]:
+            for first in range(start, start + count, size):
+                yield slice(first, min(first + size, start + count))
+            start += count
 
 
 @torch.no_grad()
@@ -146,7 +148,8 @@ def topk_target(teacher: Teacher, k: int, window: int | None = None) -> Target:
     reach = reach if window is None else min(reach, window)
     if reach <= 0:
         return Target(ids, log_own, log_tail)
-    futures = torch.cat([_futures(teacher, cache, ids[part], part, reach) for part in teacher.chunks(ROWS // k)])
+    branches = teacher.chunks(POSITIONS // (k * (reach + 1)), one_row=True)
+    futures = torch.cat([_futures(teacher, cache, ids[part], part, reach) for part in branches])
     scores = torch.cat([log_own + futures, (log_tail + futures.min(1).values)[:, None]], dim=1).log_softmax(1)
     return Target(ids, scores[:, :-1], scores[:, -1])
 
@@ -210,43 +213,45 @@ def _top(log_q: Tensor, own: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 def _futures(teacher: Teacher, cache: DynamicCache, candidates: Tensor, part: slice, reach: int) -> Tensor:
     """Return how likely what follows is after each candidate, float32 `[n, K]`, in nats.
 
+    One forward of one row: every candidate with its W tokens is a branch, which sees the row before it and itself alone. So the
+    keys of the row are there once, whatever the number of branches.
+
     Args:
         teacher: on a batch.
         cache: keys and values of the batch's own rows.
-        candidates: int64 `[n, K]`.
+        candidates: of tokens of one row, int64 `[n, K]`.
         part: which of the wanted tokens they are for.
-        reach: how many tokens after i count at most.
+        reach: W, how many tokens after i count at most.
     """
     batch, k, device = teacher.batch, candidates.shape[1], candidates.device
-    rows, columns, ends = (x[part].repeat_interleave(k) for x in (teacher.rows, teacher.columns, teacher.ends))
-    length = batch["input_ids"].shape[1]
-    steps = torch.arange(reach + 1, device=device)
-    at = (columns[:, None] + steps).clamp(max=length - 1)  # beyond the row: read again, and not counted
-    texts = batch["input_ids"][rows].gather(1, at)
+    row = int(teacher.rows[part][0])
+    ids, positions, documents = (batch[name][row] for name in ("input_ids", "position_ids", "document_ids"))
+    columns, ends = (x[part].repeat_interleave(k) for x in (teacher.columns, teacher.ends))
+    steps, places = torch.arange(reach + 1, device=device), torch.arange(len(ids), device=device)
+    texts = ids[(columns[:, None] + steps).clamp(max=len(ids) - 1)]  # beyond the row: read again, and not counted
     texts[:, 0] = candidates.flatten()
-    positions = batch["position_ids"][rows]
-    own = positions.gather(1, columns[:, None]) + steps
-    before = (batch["document_ids"][rows] == batch["document_ids"][rows, columns][:, None]) & (
-        torch.arange(length, device=device) < columns[:, None]
-    )
-    allowed = torch.cat([before[:, None].expand(-1, reach + 1, -1), (steps[:, None] >= steps).expand(len(rows), -1, -1)], dim=2)
+    own = (positions[columns][:, None] + steps).flatten()
+    branch, step = torch.arange(len(columns), device=device).repeat_interleave(reach + 1), steps.repeat(len(columns))
+    before = (documents[columns][:, None] == documents) & (places < columns[:, None])
+    inside = (branch[:, None] == branch) & (step[:, None] >= step)
+    allowed = torch.cat([before[branch], inside], dim=1)[None]
     prefix = DynamicCache()
     for index, layer in enumerate(cache.layers):
         assert isinstance(layer, DynamicLayer)
         assert layer.keys is not None
         assert layer.values is not None
-        prefix.update(layer.keys[rows], layer.values[rows], index)
+        prefix.update(layer.keys[row : row + 1], layer.values[row : row + 1], index)
     states = hidden_states(
         teacher.model,
-        input_ids=texts,
-        attention_mask=attention_argument(teacher.model, allowed, own, torch.cat([positions, own], dim=1)),
-        position_ids=own,
+        input_ids=texts.view(1, -1),
+        attention_mask=attention_argument(teacher.model, allowed, own[None], torch.cat([positions, own])[None]),
+        position_ids=own[None],
         past_key_values=prefix,
         use_cache=True,
-    )
+    ).view(*texts.shape, -1)
     nll = token_nll(teacher.model, states[:, :-1].flatten(0, 1), texts[:, 1:].flatten(), teacher.forbidden)
     counts = columns[:, None] + steps[1:] < ends[:, None]
-    return -torch.where(counts, nll.view(len(rows), reach), 0.0).sum(1).view(-1, k)
+    return -torch.where(counts, nll.view(len(columns), reach), 0.0).sum(1).view(-1, k)
 
 
 def _on_all(scores: Tensor) -> Target:

@@ -64,18 +64,19 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, settings: 
 def make_target(teacher: PreTrainedModel, batch: Batch, views: Views, settings: TCSSettings) -> Target:
     """Return the teacher's distribution of every masked token, in the order of `views.masked`; no gradient flows.
 
-    A token that several views mask is estimated once.
+    A token that several views mask is estimated once. The teacher runs where it is, in its own precision.
     """
     masks = views.masked.view(views.count, *batch["input_ids"].shape)
     wanted = masks.any(0)
     ends = block_ends(views.blocks)
-    # A caller's no_grad is overruled where gradients in the embedding are what is wanted.
-    with constant_weights(teacher):
-        look = Teacher(teacher, batch, wanted, ends, settings.diffusion.mask_token_id)
+    here, there = wanted.device, teacher.device
+    read = {name: batch[name].to(there) for name in ("input_ids", "position_ids", "document_ids")}
+    with constant_weights(teacher), torch.autocast(there.type, enabled=False):
+        look = Teacher(teacher, read, wanted.to(there), ends.to(there), settings.diffusion.mask_token_id)
         target = ESTIMATORS[settings.estimator](look, settings.top_k, settings.window)
     place = wanted.flatten().long().cumsum(0) - 1
     chosen = torch.cat([place[mask.flatten()] for mask in masks])
-    return Target(target.ids[chosen], target.log_q[chosen], target.log_tail[chosen])
+    return Target(target.ids.to(here)[chosen], target.log_q.to(here)[chosen], target.log_tail.to(here)[chosen])
 
 
 def tcs_step(model: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, settings: TCSSettings) -> dict[str, Tensor]:
