@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from bitnet_arch import save_master
+from bitnet_arch.diffusion import add_mask_token
 from bitnet_arch.gguf import export_gguf
 from bitnet_arch.testing import tiny_bitnet, tiny_tokenizer
 from wrinklefree_eval import texts
@@ -112,3 +113,11 @@ def test_a_real_task_without_a_hub_is_one_sentence(folder, tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: the data of task 'sst2' could not be loaded (")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_diffusion_models_likelihood_is_not_reported_as_one(tmp_path, capsys):
+    model, tokenizer = tiny_bitnet(hidden=64, ffn=64, layers=1), tiny_tokenizer()
+    add_mask_token(model, tokenizer, block_size=4, token_shift=True)
+    save_master(model, tmp_path / "model", tokenizer)
+    assert main([str(tmp_path / "model"), "--tasks", "perplexity"]) == 2
+    assert "known only up to a bound" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from bitnet_arch import UserError, load_model, load_tokenizer
+from bitnet_arch.diffusion import diffusion_of
 from bitnet_arch.gguf import read_gguf
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -62,12 +63,17 @@ class DirectoryLM(RollingMixin, HFLM):  # type: ignore[misc]
         context: tokens of a window.
 
     Raises:
-        UserError: if the directory cannot be loaded or the context is out of range.
+        UserError: if the directory cannot be loaded, holds a diffusion model, or the context is out of range.
     """
 
     def __init__(self, directory: Path, context: int | None) -> None:
         model, tokenizer = load_model(directory), load_tokenizer(directory)
         config = model.config
+        if diffusion_of(config) is not None:
+            raise UserError(
+                f"{directory} is a diffusion model, whose likelihood is known only up to a bound, and tasks compare likelihoods: "
+                "evaluate the model that it was made from"
+            )
         length = choose_context(context, config.max_position_embeddings)
         batch = max(1, min(MAX_BATCH, LOGITS_BUDGET // (length * config.vocab_size)))
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from bitnet_arch import UserError
+from bitnet_arch.diffusion import diffusion_of
+from bitnet_arch.generation import DecodeOptions, decode
 from bitnet_arch.gguf import export_gguf
 from bitnet_arch.parity import no_engine
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -80,8 +82,12 @@ def plot_losses(out: Path, arms: dict[str, Path]) -> None:
 
 @torch.no_grad()
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, seed: int) -> str:
-    """Return `prompt` continued by the model (temperature 0.8, top-k 40)."""
+    """Return `prompt` continued by the model: temperature 0.8, and top-k 40 or, of a diffusion model, a threshold of 0.9."""
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    if diffusion_of(model.config) is not None:
+        options = DecodeOptions(max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=seed)
+        found = decode(model, ids[0], options, ends={tokenizer.eos_token_id}).tokens
+        return str(tokenizer.decode([*ids[0].tolist(), *found], skip_special_tokens=True))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         out = model.generate(  # type: ignore[operator]

@@ -180,7 +180,10 @@ def _train(config: RunConfig) -> int:
 def _report(config: RunConfig, summary: dict[str, Any]) -> None:
     directory = Path(config.output_dir)
     ternary, fp = summary["ppl_ternary"], summary["ppl_fp"]
-    print(f"\nheld-out perplexity: ternary {ternary:.2f}" if ternary else "\nheld-out perplexity: ternary overflowed", end="")
+    bound = "" if summary["likelihood"] == "exact" else " (an upper bound)"
+    print(
+        f"\nheld-out perplexity: ternary {ternary:.2f}{bound}" if ternary else "\nheld-out perplexity: ternary overflowed", end=""
+    )
     print(f", unquantised {fp:.2f} ({summary['fp']})" if fp else "")
     print(f"sample: {summary['sample']!r}")
     print(f"model:  {directory / 'model'}")
@@ -191,7 +194,9 @@ def _report(config: RunConfig, summary: dict[str, Any]) -> None:
     print(f"gguf:   {directory / 'model.gguf'} ({status})" if written else f"gguf:   not written: {gguf['note']}")
     print(f"curves: {directory / 'loss.png'}\n\nnext:")
     served = quote(str(directory / ("model.gguf" if gguf["runs"] else "model")))
-    commands = [f'generate {served} "def main"', f"eval {quote(str(directory / 'model'))} --tasks perplexity,sst2_local"]
+    commands = [f'generate {served} "def main"']
+    if summary["likelihood"] == "exact":  # tasks compare likelihoods
+        commands.append(f"eval {quote(str(directory / 'model'))} --tasks perplexity,sst2_local")
     if gguf["runs"]:  # the server runs nothing but proven or labelled GGUF files
         commands.insert(1, f"serve {served}")
     for command in commands:

@@ -3,11 +3,12 @@
 Types and keys are checked by pydantic, so that a wrong one ends in a sentence that names it; values are checked here.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from bitnet_arch import ConversionConfig
 from bitnet_arch.bitlinear import LAMBDA_SCHEDULES
+from bitnet_arch.diffusion import DiffusionForm
 from data_handler import DataConfig
 from data_handler.mixture import CONTROLLERS, Controller, OnlineDataMixing, parse_mixture
 from data_handler.mixture.settings import option_names
@@ -17,7 +18,8 @@ from wrinklefree.curriculum import CurriculumConfig, ever_above_zero
 from wrinklefree.mapping import from_mapping
 from wrinklefree.mapping import require as _require
 from wrinklefree.objectives import ObjectiveSettings, parse_objectives
-from wrinklefree.objectives.settings import reference_of
+from wrinklefree.objectives.diffusion import MaskedDiffusion
+from wrinklefree.objectives.settings import diffusion_form, reference_of
 from wrinklefree.schedules import LEARNING_RATE_SCHEDULES
 from wrinklefree.teachers.settings import TeacherConfig
 
@@ -359,6 +361,14 @@ class RunConfig:
             taught or self.teacher.model is None or any(item.get("weight") == 0 for item in self.objectives.values()),
             "teacher.model has no effect: none of the objectives compares with a teacher (logits, relations and layerwise do)",
         )
+        _require(
+            not self.teacher.offload or not any(i.objective.way == "own" and i.objective.uses_teacher for i in settings.values()),
+            "teacher.offload serves one forward pass a batch, and an objective runs the teacher more often: leave it out",
+        )
+        _require(
+            self.diffusion is None or not self.training.compare_fp,
+            "training.compare_fp compares likelihoods, and a diffusion model's is known only up to a bound: set it to false",
+        )
         lrc = self.model.lrc is not None
         _require(
             not lrc or self.training.trainable == "all",
@@ -400,8 +410,16 @@ class RunConfig:
         """Return the objectives that count at any time of the run."""
         found = parse_objectives(self.objectives)
         active = {n: s for n, s in found.items() if s.active and ever_above_zero(self.curriculum, n)}
+        for name, item in active.items():
+            if isinstance(item.objective, MaskedDiffusion) and item.objective.seed is None:
+                active[name] = replace(item, objective=replace(item.objective, seed=self.training.seed))
         _require(bool(active), "no objective ever has a weight above 0: raise one in objectives, or in the curriculum's phases")
         return active
+
+    @property
+    def diffusion(self) -> DiffusionForm | None:
+        """How the model will diffuse, its mask token numbered 0, which it does not have yet; None if no objective makes it."""
+        return diffusion_form(self.objective_settings())
 
     @property
     def own_lambda(self) -> bool:

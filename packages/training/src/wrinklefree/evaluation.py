@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 
 import torch
 from bitnet_arch.bitlinear import constant_weights
+from bitnet_arch.diffusion import diffusion_of
 from data_handler import PackedStream, collate
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from wrinklefree.diffusion import DiffusionSettings, diffusion_bound
 from wrinklefree.module import Batch, model_logits
 from wrinklefree.objective import token_loss_sum
 
@@ -30,7 +33,14 @@ def in_batches(rows: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 
 
 def heldout_loss(model: PreTrainedModel, stream: PackedStream) -> float:
-    """Return the mean negative log-likelihood (nats a token) on a held-out stream, in the model's current lambda."""
+    """Return the mean negative log-likelihood (nats a token) on a held-out stream, in the model's current lambda.
+
+    Of a diffusion model, an estimate of its upper bound (`wrinklefree.diffusion.diffusion_bound`), with the same masks every time.
+    """
+    form = diffusion_of(model.config)
+    if form is not None:
+        rows = ({**row, "sample_index": torch.tensor(i)} for i, row in enumerate(stream.rows()))
+        return diffusion_bound(model, in_batches(rows, model.device), DiffusionSettings(**asdict(form)))
     return mean_loss(model, stream.rows())
 
 

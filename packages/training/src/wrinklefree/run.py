@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 from bitnet_arch import UserError, load_float_model, save_master
+from bitnet_arch.diffusion import add_mask_token, diffusion_of
 from bitnet_arch.directories import check_replaceable
 from bitnet_arch.pretrained import Pretrained
 from data_handler import PackedStream
@@ -57,6 +58,8 @@ def train(config: RunConfig) -> Outcome:
     if config.training.trainable == "gains":
         train_gains_only(start.model)
     teacher = _teacher(config, start)
+    if (form := config.diffusion) is not None:  # after the teacher: its tokenizer has no mask token
+        add_mask_token(start.model, start.tokenizer, block_size=form.block_size, token_shift=form.token_shift)
     seed = config.training.seed
     train_rows = PackedStream(config.data, start.tokenizer, seed=seed)
     heldout = PackedStream(config.data, start.tokenizer, seed=seed, split="heldout")
@@ -105,6 +108,7 @@ def _finish(
         "model": config.model.name,
         "source": start.note,
         "teacher": None if teacher is None else teacher.note,
+        "likelihood": "exact" if diffusion_of(ternary.model.config) is None else "bounded: perplexity is at most that",
         "ppl_ternary": finite(perplexity(ternary.heldout_loss)),
         "ppl_fp": None if loss_fp is None else finite(perplexity(loss_fp)),
         "fp": compared,

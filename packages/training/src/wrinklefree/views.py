@@ -23,16 +23,24 @@ class Needs:
         logits: the distribution of the next token.
         hidden: blocks whose output is wanted, from 0.
         qkv: blocks whose queries, keys and values are wanted.
+        itself: of a teacher, the model itself, to be run on other texts.
     """
 
     logits: bool = False
     hidden: frozenset[int] = frozenset()
     qkv: frozenset[int] = frozenset()
+    itself: bool = False
 
     def __or__(self, other: "Needs") -> "Needs":
-        return Needs(logits=self.logits or other.logits, hidden=self.hidden | other.hidden, qkv=self.qkv | other.qkv)
+        return Needs(
+            logits=self.logits or other.logits,
+            hidden=self.hidden | other.hidden,
+            qkv=self.qkv | other.qkv,
+            itself=self.itself or other.itself,
+        )
 
     def __bool__(self) -> bool:
+        """Whether a forward pass is needed."""
         return self.logits or bool(self.hidden) or bool(self.qkv)
 
 

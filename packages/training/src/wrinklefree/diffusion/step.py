@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from bitnet_arch import UserError
 from bitnet_arch.attention import attention_argument, hidden_states
+from bitnet_arch.bitlinear import constant_weights
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -109,11 +110,12 @@ def diffusion_bound(model: PreTrainedModel, batches: Iterable[Batch], settings: 
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    for batch in batches:
-        for draw in range(draws):
-            once = replace(settings, complementary=False, weighting="inverse", seed=HELDOUT_SEED + draw)
-            total += float(diffusion_step(model, batch, once)["dlm"])
-            count += int(scored_count(batch, once))
+    with constant_weights(model):
+        for batch in batches:
+            for draw in range(draws):
+                once = replace(settings, complementary=False, weighting="inverse", seed=HELDOUT_SEED + draw)
+                total += float(diffusion_step(model, batch, once)["dlm"])
+                count += int(scored_count(batch, once))
     model.train(was_training)
     return total / max(1, count)
 

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bitnet_arch import UserError
+from bitnet_arch.diffusion import DiffusionForm
 
 from wrinklefree.mapping import from_mapping, require
 from wrinklefree.objectives.base import Objective
+from wrinklefree.objectives.diffusion import MaskedDiffusion, TargetScores
 from wrinklefree.objectives.layerwise import Layerwise
 from wrinklefree.objectives.relations import Relations
 from wrinklefree.objectives.tokens import CrossEntropy, LogitsDivergence
@@ -17,6 +19,8 @@ KINDS: dict[str, type[Any]] = {
     "logits": LogitsDivergence,
     "relations": Relations,
     "layerwise": Layerwise,
+    "dlm": MaskedDiffusion,
+    "tcs": TargetScores,
 }
 """Maps an objective's kind to its class, whose fields are its options."""
 
@@ -66,6 +70,20 @@ def reference_of(objectives: Mapping[str, ObjectiveSettings]) -> str | None:
         if isinstance(settings.objective, CrossEntropy) and settings.weight != AUTO and settings.active:
             return name
     return None
+
+
+def diffusion_form(objectives: Mapping[str, ObjectiveSettings]) -> DiffusionForm | None:
+    """Return how the model will diffuse, its mask token numbered 0; None if no objective makes it.
+
+    Raises:
+        UserError: if two of them ask for different blocks or shifts.
+    """
+    forms = {name: s.objective.form for name, s in objectives.items() if isinstance(s.objective, MaskedDiffusion)}
+    require(
+        len(set(forms.values())) < 2,
+        f"the objectives {', '.join(forms)} ask for different diffusion models: give them the same method and block_size",
+    )
+    return next(iter(forms.values()), None)
 
 
 def _parse(name: str, options: Any) -> ObjectiveSettings:

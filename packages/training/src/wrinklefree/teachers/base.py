@@ -55,11 +55,13 @@ class Lesson:
         targets: where logits were needed.
         hidden: block to its output, `[B, T, d]`.
         qkv: block to its queries, keys and values, `[B, H, T, D]` each.
+        model: the teacher itself, frozen and in evaluation mode, where it was asked for.
     """
 
     targets: Targets | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)
     qkv: dict[int, QKV] = field(default_factory=dict)
+    model: PreTrainedModel | None = None
 
 
 class Teacher(Protocol):

@@ -61,13 +61,15 @@ class LocalTeacher:
         """Return what is needed of a batch, in one forward pass in the teacher's own precision."""
         device = self._device or batch["input_ids"].device
         self.model.to(device)
+        if not needs:
+            return Lesson(model=self.model)
         moved = {key: batch[key].to(device) for key in ("input_ids", "position_ids", "document_ids")}
         with torch.autocast(device.type, enabled=False):
             seen = forward_views(self.model, moved, needs)
-        if self.offload:
+        if self.offload and not needs.itself:
             _move_all_but(self.model, self._head.module, "cpu")
         targets = HeadTargets(seen.last, self._head) if needs.logits else None
-        return Lesson(targets=targets, hidden=seen.hidden, qkv=seen.qkv)
+        return Lesson(targets=targets, hidden=seen.hidden, qkv=seen.qkv, model=self.model if needs.itself else None)
 
 
 class HeadTargets:

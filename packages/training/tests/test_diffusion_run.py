@@ -1,0 +1,125 @@
+"""Diffusion models from whole runs, through the command line, in this process."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from bitnet_arch import load_model, load_tokenizer, save_master
+from bitnet_arch.diffusion import diffusion_of
+from bitnet_arch.generation import DecodeOptions, decode
+from bitnet_arch.testing import tiny_llama, tiny_tokenizer, train_tiny
+from safetensors.torch import load_file
+from wrinklefree import artifacts
+from wrinklefree.callbacks import read_metrics
+from wrinklefree.cli import main
+
+DLM = "objectives={dlm: {block_size: 8}}"
+TCS = "objectives={tcs: {block_size: 8, top_k: 3, window: 2, hard: 0.5}}"
+
+
+@pytest.fixture(autouse=True)
+def without_engine(monkeypatch):
+    """Export runs in its own tests; here it only takes time."""
+    monkeypatch.setattr(artifacts.importlib.util, "find_spec", lambda name: None)
+
+
+@pytest.fixture
+def quick(overrides):
+    """Overrides of a run of the ternary arm alone, in this process."""
+    return [*overrides, "training.compare_fp=false"]
+
+
+def ran(overrides, *more):
+    assert main([*overrides, *more]) == 0
+    directory = Path(next(o for o in reversed([*overrides, *more]) if o.startswith("output_dir=")).split("=", 1)[1])
+    return directory, read_metrics(directory / "metrics.jsonl")
+
+
+def weights(directory):
+    return load_file(directory / "model" / "model.safetensors")
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("preset", ["dlm", "tcs_distill"])
+def test_the_presets_run_on_the_tiny_model(preset, overrides, capsys):
+    kept = [o for o in overrides if not o.startswith(("model.", "training="))]
+    directory, lines = ran(kept, "model=tiny", f"training={preset}", "training.max_steps=3", "training.wandb=off")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert ("made on the spot in 3 steps" in capsys.readouterr().err) == (preset == "tcs_distill")
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["likelihood"].startswith("bounded")
+    assert summary["gguf"]["status"] == "unproven"
+    model, tokenizer = load_model(directory / "model"), load_tokenizer(directory / "model")
+    form = diffusion_of(model.config)
+    assert (form.block_size, form.token_shift, form.mask_token_id) == (32, True, tokenizer.mask_token_id)
+    ids = torch.tensor(tokenizer("the model").input_ids)
+    assert len(decode(model, ids, DecodeOptions(max_tokens=5)).tokens) == 5
+
+
+@pytest.mark.parametrize("objectives", [DLM, TCS], ids=["dlm", "tcs"])
+def test_micro_batches_and_resuming_change_nothing(quick, tmp_path, objectives):
+    whole, lines = ran(quick, objectives, "training.keep_checkpoints=9")
+    _, parts = ran(quick, objectives, "training.micro_batch_rows=1", f"output_dir={tmp_path / 'parts'}")
+    assert [line["loss"] for line in parts] == pytest.approx([line["loss"] for line in lines], rel=2e-3)
+    broken = tmp_path / "broken"
+    shutil.copytree(whole, broken, ignore=shutil.ignore_patterns("summary.json", "step-6.ckpt"))
+    shutil.rmtree(broken / "model")
+    ran(quick, objectives, "training.keep_checkpoints=9", f"output_dir={broken}")
+    assert same(weights(whole), weights(broken))
+
+
+def test_the_seed_of_the_masks_changes_the_run(quick, tmp_path):
+    _, lines = ran(quick, DLM)
+    _, other = ran(quick, "objectives={dlm: {block_size: 8, seed: 1}}", f"output_dir={tmp_path / 'other'}")
+    assert lines[0]["loss"] != other[0]["loss"]
+    _, same_seed = ran(quick, "objectives={dlm: {block_size: 8, seed: 0}}", f"output_dir={tmp_path / 'same'}")
+    assert [line["loss"] for line in same_seed] == [line["loss"] for line in lines]  # the run's own seed is 0
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    directory = tmp_path / "llama"
+    save_master(train_tiny(tiny_llama(hidden=64, ffn=128), steps=60), directory, tiny_tokenizer())
+    return directory
+
+
+def from_directory(quick, directory, *more):
+    return [*(o for o in quick if not o.startswith("model.")), "model=smollm2_135m", f"model.pretrained={directory}", *more]
+
+
+def test_a_pretrained_model_becomes_a_diffusion_model_and_its_bound_falls(quick, pretrained, tmp_path):
+    settings = from_directory(quick, pretrained, "training.max_steps=24", "training.eval_every=12", "training.learning_rate=3e-3")
+    directory, lines = ran(settings, "objectives={tcs: {block_size: 8, top_k: 3, window: 2, hard: 0.5}}")
+    bounds = [line["heldout_loss"] for line in lines if "heldout_loss" in line]
+    assert bounds[-1] < bounds[0]
+    assert all(key in lines[0] for key in ("objective/tcs/scores", "objective/tcs/tokens"))
+    # It goes on from where it was, with the mask token that it has.
+    again, _ = ran(from_directory(quick, directory / "model", DLM, f"output_dir={tmp_path / 'again'}"))
+    assert diffusion_of(load_model(again / "model").config) == diffusion_of(load_model(directory / "model").config)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([DLM, "training.compare_fp=true"], "training.compare_fp compares likelihoods"),
+        ([DLM, "mixture=odm", "training.max_steps=20"], "give objectives.ce a weight"),
+        (["objectives={dlm: {block_size: 0}}"], "at least 1"),
+        (["objectives={dlm: {method: mdlm, block_size: 8}}"], "has no effect with method=mdlm"),
+        (["objectives={dlm: {block_size: 8}, tcs: {}}"], "ask for different diffusion models"),
+        (["objectives={tcs: {hard: 1.0}}"], "must lie in [0, 1)"),
+        (["objectives={tcs: {top_k: 512}}"], "lower it"),
+        (["objectives={tcs: {estimator: causal, window: 2}}"], "no effect"),
+        (["objectives={tcs: {}}", "teacher.compiled=true"], "teacher.compiled serves distributions alone"),
+    ],
+    ids=str,
+)
+def test_mistakes_end_in_one_sentence_before_the_first_step(quick, more, message, capsys):
+    assert main([*quick, *more]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
