@@ -152,6 +152,26 @@ def test_the_mean_of_a_step_does_not_depend_on_how_it_is_cut(name):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+def test_blocks_computed_once_more_give_the_same_gradients_and_hold_less():
+    held = {}
+    gradients = {}
+    for checkpointing in (False, True):
+        model, data = student().train(), batch()
+        objectives = build(EVERYTHING, model, local(llama(1)))
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
+            coefficients = {name: torch.tensor(0.1) for name in EVERYTHING if name != "forced"}
+            losses = objectives(model, data, coefficients)
+        held[checkpointing] = sum(saved)
+        total = losses.total + objectives(model, data, {"forced": torch.tensor(0.1)}).total
+        gradients[checkpointing] = torch.autograd.grad(total, model.parameters())
+    for a, b in zip(*gradients.values(), strict=True):
+        assert torch.equal(a, b)
+    assert held[True] < 0.3 * held[False]
+
+
 @pytest.mark.parametrize("name", [name for name in EVERYTHING if name != "ce"])
 def test_an_objective_brings_the_student_to_its_teacher_and_not_to_another(name):
     """Its control is the distance from a teacher whose weights are others: it falls by less, if at all."""

@@ -78,6 +78,8 @@ def train_arm(
         directory.mkdir(parents=True, exist_ok=True)
     identity = Identity(title, plain(config), train.fingerprint(), tokenizer)
     mixture = _mixture(config, replay)
+    if config.training.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     module = TernaryModule(model.train(), train, config, identity, quantized=quantized, mixture=mixture, teacher=teacher)
     if resume is not None:
         content = read_checkpoint(resume)
@@ -103,6 +105,7 @@ def train_arm(
             trainer.fit(module, ckpt_path=resume, weights_only=True)
         except SystemExit:  # Lightning's answer to a second Ctrl-C
             raise KeyboardInterrupt from None
+    model.gradient_checkpointing_disable()
     model.eval()
     stopped = interruption.interrupted
     if quantized and not stopped:

@@ -145,6 +145,8 @@ class TrainingConfig:
         gradient_norms_every: steps between measurements of each objective's gradient norm, the first step included; 0 measures
             none. One costs a forward pass and a backward pass for every objective, on the first micro-batch, and changes no
             result but that of weights that are `auto`, which follow it.
+        activation_checkpointing: keep each block's input alone for the backward pass, and compute the block once more there: less
+            memory, more time, the same bits.
         wandb: "auto" (online with a key, else offline), "offline" or "off".
         data_workers: processes that make a process's batches ahead; 0 makes them between steps. Changes no batch.
         threads: CPU threads; None leaves PyTorch's choice. Recorded, and restored on resume.
@@ -171,6 +173,7 @@ class TrainingConfig:
     compare_fp: bool = True
     trainable: Literal["all", "gains"] = "all"
     gradient_norms_every: int = 0
+    activation_checkpointing: bool = False
     wandb: Literal["auto", "offline", "off"] = "auto"
     data_workers: int = 0
     threads: int | None = None

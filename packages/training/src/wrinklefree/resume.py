@@ -22,6 +22,7 @@ FREE_TO_CHANGE = (
     "sample_prompt",
     "distributed",
     "training.micro_batch_rows",
+    "training.activation_checkpointing",
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.data_workers",
@@ -139,7 +140,10 @@ _LATER_GROUPS: dict[str, Any] = {
     "teacher": plain(TeacherConfig()),
     "curriculum": plain(CurriculumConfig()),
 }
-_LATER_KEYS: dict[str, dict[str, Any]] = {"training": {"trainable": "all", "gradient_norms_every": 0}, "model": {"lrc": None}}
+_LATER_KEYS: dict[str, dict[str, Any]] = {
+    "training": {"trainable": "all", "gradient_norms_every": 0, "activation_checkpointing": False},
+    "model": {"lrc": None},
+}
 
 
 def _older(path: Path) -> str:

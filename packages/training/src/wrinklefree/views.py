@@ -69,6 +69,11 @@ class Head:
         self.vocabulary = int(model.config.vocab_size)
 
     @property
+    def plain(self) -> object:
+        """Return the layer, if logits are what it gives, else itself."""
+        return self.module if self.cap is None else self
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
         """What gradients flow to."""
         return [p for p in self.module.parameters() if p.requires_grad]
@@ -94,6 +99,10 @@ def forward_views(model: PreTrainedModel, batch: Batch, needs: Needs, inputs: Ma
     views = Views(last=batch["input_ids"])
     handles = [blocks[i].register_forward_hook(_keeping(views.hidden, i)) for i in sorted(needs.hidden)]
     handles += [blocks[i].register_forward_pre_hook(_replacing(states), with_kwargs=True) for i, states in (inputs or {}).items()]
+    # A block that is computed once more in the backward pass would read what its hook no longer gives it.
+    kept = [block for block in blocks if inputs and getattr(block, "gradient_checkpointing", False)]
+    for block in kept:
+        block.gradient_checkpointing = False
     try:
         with _seen_attention(model, views.qkv, needs.qkv):
             views.last = model.base_model(
@@ -105,6 +114,8 @@ def forward_views(model: PreTrainedModel, batch: Batch, needs: Needs, inputs: Ma
     finally:
         for handle in handles:
             handle.remove()
+        for block in kept:
+            block.gradient_checkpointing = True
     return views
 
 

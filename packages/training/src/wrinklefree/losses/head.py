@@ -1,9 +1,12 @@
 """Losses of the logits that never hold logits of all tokens: a few rows at a time, all losses together."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from wrinklefree.losses.pieces import PIECE_ELEMENTS, piece_rows, sum_of_pieces
 
@@ -24,7 +27,8 @@ def head_losses(
     """Return the weighted sum of several losses of the logits `head(hidden)`, and each loss of each row.
 
     Logits exist for one piece of rows at a time, in which the gradients of all losses are taken together: one product by the
-    head's weight forward and two backward, as without pieces. The gradient of the head's weight is held once.
+    head's weight forward and two backward, as without pieces. The gradient of the head's weight is held once; that of a plain
+    linear layer without bias is added to in place.
 
     Args:
         hidden: float `[N, d]`.
@@ -41,8 +45,36 @@ def head_losses(
     if len(hidden) == 0:
         return hidden.sum() * 0.0, weights.new_zeros(len(losses), 0)
 
-    def piece(part: slice, leaf: Tensor, *_: Tensor) -> Tensor:
-        logits = head(leaf[part]).float()
-        return torch.stack([loss(logits, part) for loss in losses])
+    weight = _plain_weight(head, parameters) if torch.is_grad_enabled() else None
+    filled = {} if weight is None else {1: torch.zeros_like(weight)}
 
-    return sum_of_pieces(piece, piece_rows(len(hidden), vocabulary, elements), weights, hidden, *parameters)
+    def piece(part: slice, leaf: Tensor, *_: Tensor) -> Tensor:
+        logits = head(leaf[part]) if weight is None else _InPlace.apply(leaf[part], weight, filled[1])
+        return torch.stack([loss(logits.float(), part) for loss in losses])
+
+    slices = piece_rows(len(hidden), vocabulary, elements)
+    return sum_of_pieces(piece, slices, weights, hidden, *parameters, filled=filled)
+
+
+def _plain_weight(head: object, parameters: Sequence[nn.Parameter]) -> nn.Parameter | None:
+    """Return the weight of a head that is nothing but a product by it, in its own precision."""
+    module = getattr(head, "plain", head)
+    plain = type(module) is nn.Linear and module.bias is None and len(parameters) == 1
+    return parameters[0] if plain and not torch.is_autocast_enabled(parameters[0].device.type) else None
+
+
+class _InPlace(torch.autograd.Function):
+    """`F.linear`, whose backward adds the weight's gradient to a tensor: as large as a vocabulary, it is not to be made anew."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.gradient = gradient
+        return F.linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        ctx.gradient.addmm_(outer.T, x)
+        return outer @ weight, None, None

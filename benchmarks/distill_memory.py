@@ -1,0 +1,150 @@
+"""What a BitDistill step costs: memory and time beside the naive formulation's, and whether the gradients are the same.
+
+uv run python benchmarks/distill_memory.py --json distill_memory.json
+
+Both have the same student and teacher, scaled dot product attention, and the same three losses. The naive one has whole logits and
+whole relation matrices, and keeps every block's activations; ours is `wrinklefree.objectives` with
+`training.activation_checkpointing` (`--keep-activations` leaves that out). Memory is the peak of the resident set in a step above
+what it is before: weights and gradients are there already, and no optimiser is made. Time is the processor's, on one thread, which
+other processes on the machine disturb less.
+"""
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitnet_arch import ConversionConfig, convert_model
+from bitnet_arch.testing import tiny_llama
+from report import bar, finish, median_ratio, parser
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from wrinklefree.module import model_logits
+from wrinklefree.objectives import Objectives, parse_objectives
+from wrinklefree.teachers.base import Shape
+from wrinklefree.teachers.local import LocalTeacher
+from wrinklefree.views import Batch, Head, Needs, forward_views
+
+HEADS, TEMPERATURE, LOGITS, RELATIONS = 32, 5.0, 10.0, 1e5
+
+
+def status(key: str) -> int:
+    """Return a figure of /proc/self/status in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def peak_of(step: Callable[[], object]) -> tuple[int, float]:
+    """Return a step's peak of memory above what there was before, in bytes, and its processor seconds."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before, start = status("VmRSS"), time.process_time()
+    step()
+    return status("VmHWM") - before, time.process_time() - start
+
+
+def whole_relation(states: Tensor, mask: Tensor) -> Tensor:
+    """Return log relations `[B, heads, T, T]` as the paper writes them."""
+    batch, _, length, _ = states.shape
+    vectors = states.transpose(1, 2).reshape(batch, length, HEADS, -1).transpose(1, 2)
+    scores = vectors @ vectors.mT / vectors.shape[-1] ** 0.5
+    return scores.masked_fill(~mask, -1e30).log_softmax(-1)
+
+
+def naive_loss(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, layer: int) -> Tensor:
+    """Return BitDistill's loss from whole logits and relations."""
+    needs = Needs(logits=True, qkv=frozenset([layer]))
+    with torch.no_grad():
+        theirs = forward_views(teacher, batch, needs)
+        teacher_logits = Head(teacher)(theirs.last)[:, :-1].flatten(0, 1)
+    ours = forward_views(student, batch, needs)
+    logits = Head(student)(ours.last)[:, :-1].flatten(0, 1)
+    loss = F.cross_entropy(logits, batch["labels"][:, 1:].flatten())
+    log_p = (teacher_logits / TEMPERATURE).log_softmax(-1)
+    log_q = (logits / TEMPERATURE).log_softmax(-1)
+    loss = loss + LOGITS * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    length = batch["input_ids"].shape[1]
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    for mine, target in zip(ours.qkv[layer], theirs.qkv[layer], strict=True):
+        log_s, log_t = whole_relation(mine, mask), whole_relation(target, mask)
+        loss = loss + RELATIONS * (log_t.exp() * (log_t - log_s)).sum(-1).mean()
+    return loss
+
+
+def main() -> None:
+    """Run the benchmark."""
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--rows", type=int, default=4, help="rows of the batch")
+    arguments.add_argument("--length", type=int, default=512, help="tokens of a row")
+    arguments.add_argument("--vocabulary", type=int, default=128256)
+    arguments.add_argument("--layers", type=int, default=30)
+    arguments.add_argument("--keep-activations", action="store_true", help="leave activation checkpointing out")
+    given = arguments.parse_args()
+    torch.set_num_threads(given.threads)
+    sizes = {"hidden": 576, "ffn": 1536, "layers": given.layers, "vocab": given.vocabulary, "heads": 9, "kv_heads": 3}
+    teacher = tiny_llama(**sizes).requires_grad_(False)
+    student = convert_model(tiny_llama(**sizes, seed=1), ConversionConfig(gain="one")).train()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, given.vocabulary, (given.rows, given.length), generator=generator)
+    positions = torch.arange(given.length).expand_as(ids)
+    batch = {"input_ids": ids, "labels": ids, "document_ids": torch.ones_like(ids), "position_ids": positions}
+    layer = given.layers - 6
+    values = {
+        "ce": {},
+        "logits": {"weight": LOGITS, "temperature": TEMPERATURE},
+        "relations": {"weight": RELATIONS, "layer": layer, "heads": HEADS},
+    }
+    settings = parse_objectives(values)
+    objectives = Objectives(
+        {name: item.objective for name, item in settings.items()}, Shape.of(student), LocalTeacher(teacher, "float")
+    )
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def naive() -> None:
+        naive_loss(student, teacher, batch, layer).backward()
+
+    def ours() -> None:
+        if not given.keep_activations:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        counts = objectives.counts(batch, settings)
+        objectives(student, batch, {n: settings[n].weight / count for n, count in counts.items()}).total.backward()
+        student.gradient_checkpointing_disable()
+
+    model_logits(teacher, {key: value[:1, :8] for key, value in batch.items()})  # what is made once
+    found: dict[str, list[tuple[int, float]]] = {"naive": [], "ours": []}
+    samples: dict[str, list[Tensor]] = {}
+    for _ in range(given.rounds):
+        for name, step in (("naive", naive), ("ours", ours)):
+            student.zero_grad(set_to_none=False)
+            found[name].append(peak_of(step))
+            samples[name] = [p.grad.flatten()[::16].clone() for p in student.parameters() if p.grad is not None]
+    pairs = list(zip(samples["naive"], samples["ours"], strict=True))
+    difference = max(float((a - b).norm() / a.norm().clamp(min=1e-12)) for a, b in pairs)
+    rows: list[dict[str, Any]] = [
+        {
+            "formulation": name,
+            "peak MiB": min(m for m, _ in runs) / 2**20,
+            "processor s (median)": statistics.median(s for _, s in runs),
+            "largest relative difference of a gradient": 0.0 if name == "naive" else difference,
+        }
+        for name, runs in found.items()
+    ]
+    memory = min(m for m, _ in found["ours"]) / min(m for m, _ in found["naive"])
+    seconds = {name: [s for _, s in runs] for name, runs in found.items()}
+    bars = [
+        bar("memory: ours / naive", memory, "<=", 0.35),
+        bar("largest relative difference of a gradient", difference, "<=", 1e-3),
+        bar("time: ours / naive", median_ratio(seconds["ours"], seconds["naive"]), "<=", 1.1),
+    ]
+    finish(f"a BitDistill step of {ids.numel()} tokens, fp32", rows, bars, ("torch", "transformers", "wrinklefree"), given.json)
+
+
+if __name__ == "__main__":
+    main()
