@@ -9,6 +9,7 @@ import torch
 from bitnet_arch import bitlinear_layers, load_model, save_master
 from bitnet_arch.testing import tiny_bitnet, tiny_llama, tiny_tokenizer
 from safetensors.torch import load_file
+from transformers.models.bitnet.modeling_bitnet import BitNetMLP
 from wrinklefree import artifacts, run
 from wrinklefree.callbacks import read_metrics
 from wrinklefree.cli import main
@@ -128,6 +129,24 @@ def test_micro_batches_change_no_objective(quick, tmp_path):
         assert [line[f"objective/{name}"] for line in parts] == pytest.approx(
             [line[f"objective/{name}"] for line in whole], rel=2e-3
         )
+
+
+def test_activation_checkpointing_computes_blocks_twice_and_changes_no_bit(quick, tmp_path, monkeypatch):
+    calls, forward = [], BitNetMLP.forward
+
+    def counted(module, x):
+        calls.append(module.training)
+        return forward(module, x)
+
+    monkeypatch.setattr(BitNetMLP, "forward", counted)
+    settings = [*quick, ALL_THREE.replace("auto", "3.0")]
+    plain, before = ran(settings)
+    once = sum(calls)
+    calls.clear()
+    saving, after = ran(settings, "training.activation_checkpointing=true", f"output_dir={tmp_path / 'saving'}")
+    assert sum(calls) == 2 * once > 0
+    assert same(weights(plain), weights(saving))
+    assert [line["loss"] for line in before] == [line["loss"] for line in after]
 
 
 @pytest.mark.parametrize("at", [2, 4])
