@@ -22,6 +22,7 @@ from wrinklefree.mixing import History, Mixture, Replay
 from wrinklefree.module import TernaryModule
 from wrinklefree.resume import Identity, check_config, check_fits, check_teacher, plain, read_checkpoint
 from wrinklefree.teachers.base import Teacher
+from wrinklefree.teachers.tops import TopTeacher
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,9 @@ def train_arm(
             trainer.fit(module, ckpt_path=resume, weights_only=True)
         except SystemExit:  # Lightning's answer to a second Ctrl-C
             raise KeyboardInterrupt from None
+        finally:
+            if isinstance(teacher, TopTeacher):
+                teacher.close()
     model.gradient_checkpointing_disable()
     model.eval()
     stopped = interruption.interrupted

@@ -17,7 +17,7 @@ from wrinklefree.correction import CorrectionConfig
 from wrinklefree.curriculum import CurriculumConfig, ever_above_zero
 from wrinklefree.mapping import from_mapping
 from wrinklefree.mapping import require as _require
-from wrinklefree.objectives import ObjectiveSettings, parse_objectives
+from wrinklefree.objectives import LogitsDivergence, ObjectiveSettings, parse_objectives
 from wrinklefree.objectives.diffusion import MaskedDiffusion
 from wrinklefree.objectives.settings import diffusion_form, reference_of
 from wrinklefree.schedules import LEARNING_RATE_SCHEDULES
@@ -360,6 +360,7 @@ class RunConfig:
             not self.teacher.compiled or not any(i.objective.uses_teacher and i.objective.way != "rows" for i in settings.values()),
             "teacher.compiled serves distributions alone, and an objective asks for the teacher's layers: leave it out",
         )
+        self._check_tops(settings)
         _require(
             taught or self.teacher.model is None or any(item.get("weight") == 0 for item in self.objectives.values()),
             "teacher.model has no effect: none of the objectives compares with a teacher (logits, relations and layerwise do)",
@@ -381,6 +382,39 @@ class RunConfig:
             not lrc or all(phase.lambda_value in (None, 1.0) for phase in self.curriculum.phases),
             "model.lrc freezes weights that are ternary, and lambda stays 1: leave lambda_value out of the curriculum",
         )
+
+    def _check_tops(self, settings: dict[str, ObjectiveSettings]) -> None:
+        """Refuse objectives that a teacher cannot serve that is known by its likeliest tokens alone."""
+        if not self.teacher.tops_only:
+            return
+        remote = self.teacher.kind != "local"
+        what = f"teacher.kind={self.teacher.kind}" if remote else "teacher.cache_dir"
+        for name, item in settings.items():
+            if not item.objective.uses_teacher:
+                continue
+            objective = item.objective
+            _require(
+                isinstance(objective, LogitsDivergence) and objective.top_k is not None,
+                f"{what} knows the teacher's likeliest tokens alone: objectives.{name} must be of kind logits, with a top_k",
+            )
+            assert isinstance(objective, LogitsDivergence)
+            _require(
+                not remote or objective.temperature == 1.0,
+                f"{what} gives probabilities at temperature 1: set objectives.{name}.temperature=1",
+            )
+            _require(
+                not remote or objective.scope == "scored",
+                f"{what} says nothing of what follows a document's last token: set objectives.{name}.scope=scored",
+            )
+        _require(
+            len({objective.temperature for objective in _divergences(settings)}) < 2,
+            f"{what} keeps distributions at one temperature: give all objectives of kind logits the same",
+        )
+
+    def tops(self) -> tuple[int, float] | None:
+        """Return how many of a teacher's likeliest tokens are needed, and at which temperature; None if whole distributions are."""
+        found = _divergences(self.objective_settings()) if self.teacher.tops_only else []
+        return (max(o.top_k or 0 for o in found), found[0].temperature) if found else None
 
     def _check_curriculum(self) -> None:
         total = self.curriculum_total
@@ -443,5 +477,9 @@ class RunConfig:
     @property
     def makes_original(self) -> bool:
         """Whether a float model is made on the spot, because something needs one and there is none."""
-        needed = self.model.lrc is not None or (self.needs_teacher and self.teacher.model is None)
+        needed = self.model.lrc is not None or (self.needs_teacher and self.teacher.model is None and self.teacher.kind == "local")
         return self.model.shape is not None and needed
+
+
+def _divergences(settings: dict[str, ObjectiveSettings]) -> list[LogitsDivergence]:
+    return [item.objective for item in settings.values() if isinstance(item.objective, LogitsDivergence)]

@@ -27,6 +27,11 @@ FREE_TO_CHANGE = (
     "training.keep_checkpoints",
     "training.data_workers",
     "data.cache_dir",
+    "teacher.cache_dir",
+    "teacher.timeout_s",
+    "teacher.retries",
+    "teacher.concurrency",
+    "teacher.api_key_file",
     "training.wandb",
 )
 """Settings that may differ from those of the checkpoint, because they change no result (micro-batches only its rounding)."""

@@ -125,7 +125,7 @@ def _finish(
 def _teacher(config: RunConfig, start: Start) -> Teacher | None:
     if not config.needs_teacher:
         return None
-    teacher = load_teacher(config.teacher, start.original, start.note, start.tokenizer)
+    teacher = load_teacher(config.teacher, start.original, start.note, start.tokenizer, config.tops())
     say(f"teacher: {teacher.note}")
     return teacher
 

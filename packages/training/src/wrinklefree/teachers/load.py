@@ -6,13 +6,23 @@ import torch
 from bitnet_arch import Pretrained, UserError, load_model, load_tokenizer, resolve_pretrained
 from transformers import PreTrainedTokenizerFast
 
+from wrinklefree.teachers.base import Teacher
+from wrinklefree.teachers.cache import DiskCache
 from wrinklefree.teachers.local import LocalTeacher, check_device
+from wrinklefree.teachers.remote import RemoteSource, read_key
 from wrinklefree.teachers.settings import TeacherConfig
+from wrinklefree.teachers.tops import LocalSource, TopSource, TopTeacher
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_teacher(config: TeacherConfig, original: Path | None, note: str, tokenizer: PreTrainedTokenizerFast) -> LocalTeacher:
+def load_teacher(
+    config: TeacherConfig,
+    original: Path | None,
+    note: str,
+    tokenizer: PreTrainedTokenizerFast,
+    tops: tuple[int, float] | None = None,
+) -> Teacher:
     """Load the teacher of a run.
 
     Args:
@@ -20,10 +30,38 @@ def load_teacher(config: TeacherConfig, original: Path | None, note: str, tokeni
         original: the float model that the student was converted from, if there is one.
         note: one line on where that comes from.
         tokenizer: the student's.
+        tops: of a teacher that is known by its likeliest tokens, how many, and the temperature.
 
     Raises:
-        UserError: if there is none, its tokenizer is another, or the device is not there.
+        UserError: if there is none, its tokenizer is another, the device is not there, or a server does not answer.
     """
+    if not config.tops_only:
+        return _local(config, original, note, tokenizer)
+    assert tops is not None
+    top_k, temperature = tops
+    if config.kind == "local":
+        source: TopSource = LocalSource(_local(config, original, note, tokenizer), top_k, temperature)
+    else:
+        assert config.url is not None
+        assert config.model is not None
+        source = RemoteSource(
+            config.url,
+            config.model,
+            config.kind,
+            top_k,
+            tokenizer,
+            timeout=60.0 if config.timeout_s is None else config.timeout_s,
+            retries=3 if config.retries is None else config.retries,
+            concurrency=8 if config.concurrency is None else config.concurrency,
+            key=read_key(config.api_key_file),
+        )
+    cache = None
+    if config.cache_dir is not None:
+        cache = DiskCache(Path(config.cache_dir).expanduser() / f"{source.digest}-k{top_k}-t{temperature:g}", top_k)
+    return TopTeacher(source, top_k, cache)
+
+
+def _local(config: TeacherConfig, original: Path | None, note: str, tokenizer: PreTrainedTokenizerFast) -> LocalTeacher:
     check_device(config.device, config.offload)
     if config.model is None:
         if original is None:

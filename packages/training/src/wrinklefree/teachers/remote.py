@@ -1,0 +1,222 @@
+"""A teacher behind an HTTP server: the likeliest tokens of prompts, in vLLM's and SGLang's dialects.
+
+Neither server was at hand where this was written: the dialects follow their documentation and are tested against a server of our
+own.
+"""
+
+import hashlib
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from bitnet_arch import UserError
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from wrinklefree.teachers.tops import Top
+
+Entry = tuple[float, int, str | None]
+"""Log-probability, token, and its text if the server says it."""
+
+
+class Dialect(NamedTuple):
+    """How a server is asked for the likeliest tokens of a prompt, and where its answer has them.
+
+    Attributes:
+        path: behind the server's address.
+        request: maps (model, token ids, k) to the body.
+        entries: maps the answer to what it says of the token at each position, None where it says nothing (the first).
+        remedy: what to do about too few log-probabilities.
+    """
+
+    path: str
+    request: Callable[[str, list[int], int], dict[str, Any]]
+    entries: Callable[[Any], list[list[Entry] | None]]
+    remedy: str
+
+
+def _vllm_request(model: str, ids: list[int], top_k: int) -> dict[str, Any]:
+    return {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": top_k}
+
+
+def _vllm_entries(answer: Any) -> list[list[Entry] | None]:
+    return [
+        None if place is None else [(float(v["logprob"]), int(token), v.get("decoded_token")) for token, v in place.items()]
+        for place in answer["choices"][0]["prompt_logprobs"]
+    ]
+
+
+def _sglang_request(model: str, ids: list[int], top_k: int) -> dict[str, Any]:
+    del model  # a server of SGLang has one
+    return {
+        "input_ids": ids,
+        "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+        "top_logprobs_num": top_k,
+        "return_text_in_logprobs": True,
+    }
+
+
+def _sglang_entries(answer: Any) -> list[list[Entry] | None]:
+    return [
+        None if not place else [(float(value), int(token), text) for value, token, text in place]
+        for place in answer["meta_info"]["input_top_logprobs"]
+    ]
+
+
+DIALECTS = {
+    "vllm": Dialect("/v1/completions", _vllm_request, _vllm_entries, "start it with --max-logprobs of at least as many"),
+    "sglang": Dialect("/generate", _sglang_request, _sglang_entries, "ask for fewer by the objective's top_k"),
+}
+
+
+class RemoteSource:
+    """Asks a server, several pieces at a time, and again where it fails for a while."""
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        dialect: str,
+        top_k: int,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        timeout: float,
+        retries: int,
+        concurrency: int,
+        key: str | None = None,
+    ) -> None:
+        """Ask the server for the first time, so that a mistake is found before training.
+
+        Args:
+            url: for example http://localhost:8000.
+            model: the name it is served under.
+            dialect: a key of `DIALECTS`.
+            top_k: tokens of an answer.
+            tokenizer: the student's, which the server's has to agree with.
+            timeout: seconds that an answer may take.
+            retries: how often a request is repeated that failed or took too long, after 1, 2, 4 ... times `pause` seconds.
+            concurrency: requests at a time.
+            key: sent as a bearer token.
+
+        Raises:
+            UserError: if the server is down, refuses, answers something else, or has another tokenizer.
+        """
+        self.url, self.model, self.dialect, self.top_k = url.rstrip("/"), model, DIALECTS[dialect], top_k
+        self.timeout, self.retries, self.concurrency, self._key = timeout, retries, concurrency, key
+        self.pause = 0.5
+        self.note = f"{model} at {self.url} ({dialect})"
+        self.digest = hashlib.sha256(f"{self.url} {model} {dialect}".encode()).hexdigest()[:16]
+        self._vocabulary = len(tokenizer)
+        self._check_tokenizer(tokenizer)
+
+    def tops(self, pieces: Sequence[Tensor]) -> list[Top]:
+        """Return the likeliest tokens that follow each position of some pieces; of what follows the last one, nothing is known.
+
+        Raises:
+            UserError: if the server fails for good, or answers with too little.
+        """
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            return list(pool.map(self._top, pieces))
+
+    def _top(self, piece: Tensor) -> Top:
+        entries = self._ask(piece.tolist())
+        values = torch.full((len(piece), self.top_k), -torch.inf)
+        tokens = torch.zeros((len(piece), self.top_k), dtype=torch.int64)
+        # The entry at a position is of the token that stands there: what the position before predicts.
+        for at, found in enumerate(entries[1:]):
+            best = sorted(found or [], reverse=True, key=lambda entry: entry[0])[: self.top_k]
+            if len(best) < self.top_k:
+                raise UserError(
+                    f"the teacher at {self.url} gave {len(best)} log-probabilities a token, and the objective needs {self.top_k}: "
+                    f"{self.dialect.remedy}"
+                )
+            values[at] = torch.tensor([entry[0] for entry in best])
+            tokens[at] = torch.tensor([entry[1] for entry in best])
+        if int(tokens.max()) >= self._vocabulary:
+            raise UserError(f"the teacher at {self.url} names a token that the model's tokenizer has not: it is of another family")
+        return Top(values, tokens)
+
+    def _ask(self, ids: list[int]) -> list[list[Entry] | None]:
+        answer = self._post(self.dialect.request(self.model, ids, self.top_k))
+        try:
+            entries = self.dialect.entries(answer)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            entries = []
+        if len(entries) != len(ids):
+            raise UserError(
+                f"the teacher at {self.url} answered without the log-probabilities of the prompt's {len(ids)} tokens: choose the "
+                f"teacher.kind of the server ({', '.join(DIALECTS)}) and a server that gives them"
+            )
+        return entries
+
+    def _post(self, body: dict[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
+        address = self.url + self.dialect.path
+        reason = ""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(self.pause * 2 ** (attempt - 1))
+            request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                    return json.load(response)
+            except urllib.error.HTTPError as error:
+                reason = f"{error.code} {error.reason}"
+                if error.code < 500 and error.code not in (408, 429):  # asking again would not help
+                    said = error.read(300).decode(errors="replace").strip().replace("\n", " ")
+                    raise UserError(f"the teacher at {address} refused a request ({reason}: {said}): see to its settings") from None
+            except TimeoutError:
+                reason = f"no answer in {self.timeout:g} s"
+            except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+                cause = getattr(error, "reason", error)
+                reason = f"no answer in {self.timeout:g} s" if isinstance(cause, TimeoutError) else str(cause)
+            except ValueError:
+                reason = "its answer is no JSON"
+        tries = f"{self.retries + 1} tries" if self.retries else "1 try"
+        raise UserError(
+            f"the teacher at {address} gave no answer in {tries} ({reason}): start it, or raise "
+            "teacher.timeout_s or teacher.retries"
+        )
+
+    def _check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Compare what the server calls some tokens with what they are here."""
+        ids = tokenizer("The quick brown fox jumps over 13 lazy dogs.", add_special_tokens=False).input_ids
+        differing = None
+        for place in self._ask(ids)[1:]:
+            for _, token, text in place or []:
+                # A token that is no whole character has no text that could be compared.
+                mine = str(tokenizer.decode([token])) if token < len(tokenizer) else ""
+                if text is not None and "\ufffd" not in text + mine and text.strip() != mine.strip():
+                    differing = differing or (token, text, mine)
+        if differing is not None:
+            token, text, mine = differing
+            raise UserError(
+                f"the teacher at {self.url} has another tokenizer than the model (token {token} is {text!r} there and {mine!r} "
+                "here), and their distributions are of different tokens: choose a teacher of the model's own family"
+            )
+
+
+def read_key(path: str | None) -> str | None:
+    """Return the key in a file.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if path is None:
+        return None
+    try:
+        key = Path(path).expanduser().read_text().strip()
+    except OSError as error:
+        raise UserError(f"teacher.api_key_file={path} cannot be read ({error.strerror}): name a file with the key") from None
+    if not key:
+        raise UserError(f"teacher.api_key_file={path} is empty: name a file with the key")
+    return key

@@ -1,0 +1,330 @@
+"""Teachers: where they run, what they keep, and servers over a real loopback."""
+
+import copy
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from bitnet_arch import UserError, save_master
+from bitnet_arch.testing import tiny_llama, tiny_tokenizer
+from safetensors.torch import load_file
+from wrinklefree import artifacts
+from wrinklefree.callbacks import read_metrics
+from wrinklefree.cli import load_run_config, main
+from wrinklefree.losses.divergence import top_log_probabilities
+from wrinklefree.teachers.cache import DiskCache
+from wrinklefree.teachers.load import check_tokenizer
+from wrinklefree.teachers.local import LocalTeacher
+from wrinklefree.teachers.remote import RemoteSource
+from wrinklefree.teachers.tops import LocalSource, TopTeacher, piece_spans
+from wrinklefree.views import Needs, model_logits
+
+K = 5
+
+
+def llama(seed=0):
+    return tiny_llama(hidden=32, ffn=64, layers=2, vocab=512, seed=seed)
+
+
+def batch(order=(0, 1, 2)):
+    """Rows of two documents each and padding; the same documents whatever the order of rows."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 512, (3, 12), generator=generator)[list(order)]
+    documents = torch.tensor([[1] * 5 + [2] * 4 + [0] * 3]).expand(3, 12)
+    positions = torch.tensor([[*range(5), *range(4), 0, 0, 0]]).expand(3, 12)
+    return {"input_ids": ids, "document_ids": documents, "position_ids": positions}
+
+
+class Counting(LocalSource):
+    """Counts what it is asked for."""
+
+    asked = 0
+
+    def tops(self, pieces):
+        self.asked += len(pieces)
+        return super().tops(pieces)
+
+
+def counting(seed=0):
+    return Counting(LocalTeacher(llama(seed), "tiny"), K, 2.0)
+
+
+def test_documents_are_found_in_their_rows():
+    spans = piece_spans(torch.tensor([[1, 1, 2, 0], [1, 1, 1, 1], [0, 0, 0, 0]]))
+    assert spans == [(0, 2), (2, 3), (4, 8)]
+
+
+def test_pieces_alone_are_answered_as_in_their_rows():
+    data, model = batch(), llama()
+    lesson = TopTeacher(counting(), K).lesson(data, Needs(logits=True))
+    positions = (data["document_ids"].flatten() > 0).nonzero()[:, 0]
+    values, tokens = lesson.targets.top(positions, K, 2.0)
+    expected, chosen = top_log_probabilities(model_logits(model, data).flatten(0, 1)[positions], K, 2.0)
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)
+    assert (tokens == chosen).float().mean() > 0.98
+
+
+def test_a_second_epoch_in_another_order_runs_no_teacher_and_gets_the_same_bits(tmp_path):
+    first = counting()
+    teacher = TopTeacher(first, K, DiskCache(tmp_path / "cache", K, shard_tokens=20))
+    before = teacher.lesson(batch(), Needs(logits=True)).targets.top(torch.arange(36), K, 2.0)
+    assert first.asked == 6
+    teacher.close()
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+    again = counting()
+    teacher = TopTeacher(again, K, DiskCache(tmp_path / "cache", K))
+    after = teacher.lesson(batch((2, 0, 1)), Needs(logits=True)).targets.top(torch.arange(36), K, 2.0)
+    assert again.asked == 0
+    rows = torch.tensor([2, 0, 1])
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a.view(3, 12, K)[rows], b.view(3, 12, K))
+    # Control: what is not in it is asked for.
+    other = batch() | {"input_ids": batch()["input_ids"] + 0}
+    other["input_ids"][0, 0] = 511 - other["input_ids"][0, 0]
+    teacher.lesson(other, Needs(logits=True))
+    assert again.asked == 1
+
+
+def test_a_damaged_shard_and_one_of_another_k_are_named(tmp_path):
+    cache = DiskCache(tmp_path, K)
+    cache.put(torch.arange(4), torch.zeros(4, K), torch.zeros(4, K, dtype=torch.int64))
+    cache.flush()
+    shard = next(tmp_path.glob("*.safetensors"))
+    assert set(load_file(shard)) == {"keys", "starts", "tokens", "log_probabilities"}
+    with pytest.raises(UserError, match="of another top_k"):
+        DiskCache(tmp_path, K + 1)
+    shard.write_bytes(shard.read_bytes()[:50])
+    with pytest.raises(UserError, match="is damaged"):
+        DiskCache(tmp_path, K)
+
+
+def test_teachers_with_other_weights_have_other_digests_and_precision_acts():
+    a, b = LocalTeacher(llama(0), "a"), LocalTeacher(llama(1), "b")
+    assert a.digest == LocalTeacher(llama(0), "again").digest != b.digest
+    half = LocalTeacher(llama(0).to(torch.bfloat16), "half")
+    full, low = (t.lesson(batch(), Needs(logits=True)).targets.full(torch.arange(9)) for t in (a, half))
+    assert low.dtype == torch.float32
+    assert 0 < float((full - low).abs().max()) < 0.1
+    assert all(not p.requires_grad for p in a.model.parameters())
+
+
+def test_tokenizers_that_differ_are_refused_with_the_reason():
+    check_tokenizer(tiny_tokenizer(), tiny_tokenizer(), "same")
+    with pytest.raises(UserError, match="it has 600 tokens, the model's 512"):
+        check_tokenizer(tiny_tokenizer(512), tiny_tokenizer(600), "longer")
+    other = tiny_tokenizer(512, around="<|begin|> $A")
+    with pytest.raises(UserError, match=r"token '.*' is .* there and .* here"):
+        check_tokenizer(tiny_tokenizer(512), other, "other")
+
+
+class Server:
+    """A server that answers as vLLM or SGLang do, with a tiny model's distributions, on a real socket."""
+
+    def __init__(self, dialect, model, tokenizer):
+        self.dialect, self.model, self.tokenizer = dialect, model, tokenizer
+        self.requests, self.failures, self.delay, self.most, self.status = [], 0, 0.0, 20, 503
+        self.now = self.together = 0
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer.lock:
+                    outer.requests.append((self.path, dict(self.headers), body))
+                    failing = outer.failures > 0
+                    outer.failures -= failing
+                    outer.now += 1
+                    outer.together = max(outer.together, outer.now)
+                time.sleep(outer.delay)
+                content = b"busy" if failing else json.dumps(outer.answer(body)).encode()
+                with outer.lock:
+                    outer.now -= 1
+                try:
+                    self.send_response(outer.status if failing else 200)
+                    self.end_headers()
+                    self.wfile.write(content)
+                except OSError:
+                    pass  # it was not waited for
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @torch.no_grad()
+    def answer(self, body):
+        ids, k = (
+            (body["prompt"], body["prompt_logprobs"]) if self.dialect == "vllm" else (body["input_ids"], body["top_logprobs_num"])
+        )
+        log_p = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        places = [None]
+        for at in range(1, len(ids)):
+            values, tokens = log_p[at - 1].topk(min(k, self.most))
+            found = dict(zip(tokens.tolist(), values.tolist(), strict=True))
+            found.setdefault(ids[at], float(log_p[at - 1, ids[at]]))  # as vLLM does: the token that is there comes, too
+            texts = {token: self.tokenizer.decode([token]) for token in found}
+            if self.dialect == "vllm":
+                places.append({str(t): {"logprob": v, "rank": 1, "decoded_token": texts[t]} for t, v in found.items()})
+            else:
+                places.append([[v, t, texts[t]] for t, v in list(found.items())[: min(k, self.most)]])
+        if self.dialect == "vllm":
+            return {"choices": [{"text": "x", "prompt_logprobs": places}]}
+        return {"text": "x", "meta_info": {"input_top_logprobs": places}}
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(dialect="vllm", model=None, tokenizer=None):
+        servers.append(Server(dialect, model or llama(), tokenizer or tiny_tokenizer()))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.server.shutdown()
+        server.server.server_close()
+
+
+def source(server, **changes):
+    options = {"timeout": 20.0, "retries": 2, "concurrency": 3} | changes
+    made = RemoteSource(server.url, "tiny", server.dialect, options.pop("top_k", K), tiny_tokenizer(), **options)
+    made.pause = 0.01
+    return made
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+def test_a_server_teaches_what_its_model_would_here(serve, dialect):
+    server, data = serve(dialect), batch()
+    remote = TopTeacher(source(server, key="secret"), K).lesson(data, Needs(logits=True)).targets
+    local = TopTeacher(LocalSource(LocalTeacher(llama(), "tiny"), K, 1.0), K).lesson(data, Needs(logits=True)).targets
+    positions = torch.tensor([0, 1, 2, 3, 5, 6, 7, 12, 13])  # all but the last of a document
+    (values, tokens), (expected, chosen) = (t.top(positions, K, 1.0) for t in (remote, local))
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(tokens, chosen)
+    last, _ = remote.top(torch.tensor([4, 8]), K, 1.0)
+    assert bool((last == -torch.inf).all())
+    path, headers, _ = server.requests[-1]
+    assert path == {"vllm": "/v1/completions", "sglang": "/generate"}[dialect]
+    assert headers["Authorization"] == "Bearer secret"
+    assert len(server.requests) == 1 + 6
+
+
+def test_requests_go_out_together_and_are_repeated_where_they_fail(serve):
+    server = serve()
+    teacher = source(server)
+    server.delay, server.failures = 0.2, 2
+    pieces = [torch.arange(1, 5) + i for i in range(4)]
+    assert len(teacher.tops(pieces)) == 4
+    assert 1 < server.together <= 3
+    assert len(server.requests) == 1 + 4 + 2
+
+
+def test_a_server_that_is_slow_down_or_refuses_is_named_and_not_waited_for(serve):
+    server = serve()
+    teacher = source(server, timeout=0.3, retries=1)
+    server.delay = 1.5
+    with pytest.raises(UserError, match=r"no answer in 2 tries \(no answer in 0.3 s\): start it, or raise teacher.timeout_s"):
+        teacher.tops([torch.arange(1, 4)])
+    server.delay, server.failures, server.status = 0.0, 1, 400
+    before = len(server.requests)
+    with pytest.raises(UserError, match="refused a request \\(400"):
+        teacher.tops([torch.arange(1, 4)])
+    assert len(server.requests) == before + 1  # asking again would not help
+    server.server.shutdown()
+    server.server.server_close()
+    with pytest.raises(UserError, match="gave no answer in 1 try"):
+        source(server, retries=0)
+
+
+def test_too_few_log_probabilities_and_another_dialect_are_named(serve):
+    server = serve()
+    server.most = 3
+    with pytest.raises(
+        UserError, match=r"gave [34] log-probabilities a token, and the objective needs 5: start it with --max-logprobs"
+    ):
+        source(server).tops([torch.arange(1, 6)])
+    server.dialect, wrong = "sglang", "vllm"
+    server.answer = lambda body: {"choices": [{"text": "x"}]}
+    with pytest.raises(UserError, match="answered without the log-probabilities of the prompt's"):
+        RemoteSource(server.url, "tiny", wrong, K, tiny_tokenizer(), timeout=5, retries=0, concurrency=1)
+
+
+def test_a_server_with_another_tokenizer_is_refused(serve):
+    other = tiny_tokenizer(512, around="<|begin|> $A")  # one special token more: everything behind it has moved
+    with pytest.raises(UserError, match=r"has another tokenizer than the model \(token \d+ is"):
+        source(serve(tokenizer=other))
+
+
+@pytest.fixture
+def run(corpus, overrides, tmp_path, monkeypatch):
+    """A run on a pretrained directory, and that directory's model."""
+    monkeypatch.setattr(artifacts.importlib.util, "find_spec", lambda name: None)
+    model, directory = tiny_llama(hidden=64, ffn=128), tmp_path / "llama"
+    save_master(copy.deepcopy(model), directory, tiny_tokenizer())
+    kept = [o for o in overrides if not o.startswith("model.")]
+    kept += ["model=smollm2_135m", f"model.pretrained={directory}", "training.compare_fp=false", "training.max_steps=4"]
+    kept += ["objectives={ce: {}, logits: {top_k: 5}}", "training.eval_every=0"]
+
+    def start(name, *more):
+        assert main([*kept, f"output_dir={tmp_path / name}", *more]) == 0
+        return [line["objective/logits"] for line in read_metrics(tmp_path / name / "metrics.jsonl")]
+
+    return start, model, kept
+
+
+def test_runs_with_a_cache_or_a_server_learn_what_a_local_teacher_teaches(run, serve, tmp_path, monkeypatch):
+    start, model, _ = run
+    plain = start("plain")
+    cached = start("cached", f"teacher.cache_dir={tmp_path / 'cache'}")
+    assert cached == pytest.approx(plain, rel=1e-3)
+    monkeypatch.setattr(LocalSource, "tops", lambda *args: pytest.fail("the teacher was run"))
+    assert start("again", f"teacher.cache_dir={tmp_path / 'cache'}") == cached
+    server = serve("vllm", model)
+    remote = start("remote", "teacher.kind=vllm", "teacher.model=tiny", f"teacher.url={server.url}")
+    assert remote == pytest.approx(plain, rel=1e-3)  # what follows a document's last token, of which it says nothing, is not scored
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["teacher.cache_dir=x", "objectives={logits: {}}"], "must be of kind logits, with a top_k"),
+        (["teacher.cache_dir=x", "objectives={relations: {layer: 0, heads: 4}}"], "must be of kind logits"),
+        (["teacher.kind=vllm", "teacher.model=m"], "teacher.kind=vllm needs teacher.url"),
+        (["teacher.kind=vllm", "teacher.url=http://x"], "teacher.kind=vllm needs teacher.model"),
+        (["teacher.kind=vllm", "teacher.url=x", "teacher.model=m"], "must begin with http"),
+        (["teacher.url=http://x"], "teacher.url belongs to a server"),
+        (
+            ["teacher.kind=sglang", "teacher.url=http://x", "teacher.model=m", "teacher.offload=true"],
+            "offload has no effect on a server",
+        ),
+        (
+            ["teacher.kind=vllm", "teacher.url=http://x", "teacher.model=m", "objectives={logits: {top_k: 4, temperature: 2}}"],
+            "gives probabilities at temperature 1",
+        ),
+        (
+            ["teacher.kind=vllm", "teacher.url=http://x", "teacher.model=m", "objectives={logits: {top_k: 4, scope: attended}}"],
+            "says nothing of what follows a document's last token",
+        ),
+        (["teacher.kind=llamacpp"], "teacher.kind"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_meant_are_refused(more, message):
+    with pytest.raises(UserError, match=message):
+        load_run_config(more)
+
+
+def test_a_server_that_is_down_ends_a_run_before_its_first_step(run, tmp_path, capsys):
+    _, _, kept = run
+    more = ["teacher.kind=vllm", "teacher.model=tiny", "teacher.url=http://127.0.0.1:9", "teacher.retries=0"]
+    assert main([*kept, *more, f"output_dir={tmp_path / 'down'}"]) == 2
+    assert "gave no answer in 1 try" in capsys.readouterr().err.splitlines()[-1]
+    assert not (Path(tmp_path) / "down" / "metrics.jsonl").exists()
