@@ -1,7 +1,10 @@
 """Diffusion models from whole runs, through the command line, in this process."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,6 +74,23 @@ def test_micro_batches_and_resuming_change_nothing(quick, tmp_path, objectives):
     shutil.rmtree(broken / "model")
     ran(quick, objectives, "training.keep_checkpoints=9", f"output_dir={broken}")
     assert same(weights(whole), weights(broken))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_mask_and_train_as_one_does(quick, tmp_path):
+    command = [sys.executable, "-m", "wrinklefree", *quick, DLM]
+    ddp = ["distributed=ddp", "distributed.accelerator=cpu", "training.micro_batch_rows=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    losses = {}
+    for name, more in (("one", []), ("two", ddp)):
+        done = subprocess.run(
+            [*command, *more, f"output_dir={tmp_path / name}"], capture_output=True, text=True, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        losses[name] = [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")]
+    assert losses["two"][:4] == pytest.approx(losses["one"][:4], abs=1e-4)  # later, a ternary code at an edge may turn
+    assert losses["two"] == pytest.approx(losses["one"], abs=5e-2)
 
 
 def test_the_seed_of_the_masks_changes_the_run(quick, tmp_path):
