@@ -47,6 +47,13 @@ def test_a_real_token_is_refused_and_nothing_has_changed():
     assert (len(tokenizer), model.config.vocab_size, diffusion_of(model.config)) == (512, 512, None)
 
 
+def test_a_tokenizer_of_a_larger_model_is_refused():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(UserError, match="the model's own tokenizer"):
+        add_mask_token(tiny_bitnet(hidden=64, ffn=128, vocab=400), tokenizer, block_size=4, token_shift=True)
+    assert tokenizer.mask_token is None
+
+
 def test_a_model_keeps_its_mask_token_and_may_change_its_blocks():
     model, tokenizer, form = diffused()
     again = add_mask_token(model, tokenizer, block_size=8, token_shift=False)

@@ -88,7 +88,8 @@ def add_mask_token(
         What the model's configuration then says.
 
     Raises:
-        UserError: if `token` is a real token of the tokenizer, or the model has another mask token.
+        UserError: if `token` is a real token of the tokenizer, the tokenizer is of another model, or the model has another mask
+            token.
     """
     known, had = diffusion_of(model.config), tokenizer.get_vocab().get(token)
     if known is not None and had != known.mask_token_id:
@@ -102,6 +103,10 @@ def add_mask_token(
         )
     if known is None:
         tokens = max(tokenizer.get_vocab().values()) + 1
+        if tokens > model.config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokens} tokens, and the model {model.config.vocab_size}: use the model's own tokenizer"
+            )
         tokenizer.add_special_tokens({"mask_token": token})
         mask = tokenizer.convert_tokens_to_ids(token)
         assert isinstance(mask, int)

@@ -92,8 +92,9 @@ def tcs_step(model: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, set
         settings: how.
 
     Raises:
-        UserError: for rows that the student cannot be trained on.
+        UserError: for rows that the student cannot be trained on, or a teacher of another vocabulary.
     """
+    check_teacher(model, teacher, settings)
     how = settings.diffusion
     views = make_views(batch, how)
     check_masked(batch, views, how)
