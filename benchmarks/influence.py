@@ -2,12 +2,16 @@
 
 uv run python benchmarks/influence.py --json influence.json
 
-Three parts, all on small models, one thread, under eight minutes:
+uv run python benchmarks/influence.py --parts transformer
+
+Parts, all on small models and one thread; the last takes a quarter of an hour, the others under eight minutes together:
 
 * digits: multinomial logistic regression (650 parameters, convex) on scikit-learn's digits, 10% of the labels wrong;
 * LM: a one-layer neural language model (9,344 parameters; the four characters before predict the next) on Python's own library and
   documentation, trained with Adam;
-* poison: which of 10% corrupted examples have the lowest scores, as the area under the ROC curve.
+* poison: which of 10% corrupted examples have the lowest scores, as the area under the ROC curve;
+* transformer: the second with a Llama of two blocks (52,464 parameters) and more groups;
+* halves: the same Llama, trained on random halves of the groups; the sum of a half's scores against the loss that it leads to.
 
 Truth of a group is the rise of the probes' loss when it is left out, a mean over seeds. An interval of Spearman's correlation is a
 95% bootstrap over groups, one of an area the smallest and largest over draws.
@@ -37,6 +41,8 @@ from data_handler.influence import (
     rank_correlation,
     tracin_scores,
 )
+from data_handler.influence.gradients import math_attention
+from data_handler.influence.objectives import causal_mask
 from report import bar, finish, parser
 from rich.console import Console
 from rich.progress import track
@@ -45,6 +51,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 Scores = dict[str, Tensor]
 DAMPINGS = (1e-3, 0.01, 0.1, 1.0)
@@ -287,11 +294,26 @@ class NeuralLM(nn.Module):
         return SimpleNamespace(logits=self.head(self.layers[0](windows).tanh()))
 
 
-def subject(seed: int) -> nn.Module:
+def small_llama() -> nn.Module:
+    """Return a decoder of two blocks, random."""
+    shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **shape))
+
+
+SUBJECTS: dict[str, Callable[[], nn.Module]] = {"LM": NeuralLM, "transformer": small_llama, "halves": small_llama}
+BATCHES = {"LM": 32, "transformer": 16, "halves": 16}
+TRUTHS = {
+    "LM": {"groups": 64, "seeds": 6},
+    "transformer": {"groups": 100, "seeds": 6},
+    "halves": {"groups": 100, "seeds": 4, "halves": 64},
+}
+
+
+def subject(kind: str, seed: int) -> nn.Module:
     """Return the untrained model."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return NeuralLM().eval()
+        return SUBJECTS[kind]().eval()
 
 
 class Ensemble:
@@ -302,9 +324,9 @@ class Ensemble:
         first, second: Adam's moments.
     """
 
-    def __init__(self, seed: int, weights: Tensor, examples: dict[str, Tensor], rate: float = 5e-3, batch: int = 32) -> None:
-        self.model = subject(seed)
-        self.weights, self.examples, self.rate, self.batch, self.seed = weights, examples, rate, batch, seed
+    def __init__(self, kind: str, seed: int, weights: Tensor, examples: dict[str, Tensor], rate: float = 5e-3) -> None:
+        self.model = subject(kind, seed)
+        self.weights, self.examples, self.rate, self.batch, self.seed = weights, examples, rate, BATCHES[kind], seed
         stacked, _ = stack_module_state([self.model])
         self.state = {k: v.detach().expand(len(weights), *v.shape[1:]).clone() for k, v in stacked.items()}
         self.first = {k: torch.zeros_like(v) for k, v in self.state.items()}
@@ -314,13 +336,15 @@ class Ensemble:
     def losses(self, state: dict[str, Tensor], examples: dict[str, Tensor]) -> Tensor:
         """Return one model's loss of every example, [n]."""
         ids = examples["input_ids"]
-        logits = functional_call(self.model, state, (ids,)).logits
+        places = torch.arange(ids.shape[1])[None]
+        inputs = {"attention_mask": causal_mask(ids.shape[1], ids.device), "position_ids": places, "use_cache": False}
+        logits = functional_call(self.model, state, (ids,), inputs).logits
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1).mean(1)
 
     def train(self, steps: int, total: int) -> None:
         """Take steps; all models see the same rows in the same order, and a row that a model lacks weighs nothing."""
         count = len(self.examples["input_ids"])
-        with torch.no_grad():
+        with math_attention(), torch.no_grad():
             for _ in range(steps):
                 generator = torch.Generator().manual_seed(self.seed * 100_000 + self.step)
                 rows = torch.randint(0, count, (self.batch,), generator=generator)
@@ -329,7 +353,7 @@ class Ensemble:
                 def weighted(state: dict[str, Tensor], weights: Tensor, part: dict[str, Tensor] = part) -> Tensor:
                     return (self.losses(state, part) * weights).mean()
 
-                found = vmap(grad(weighted), in_dims=(0, 0), chunk_size=8)(self.state, self.weights[:, rows])
+                found = vmap(grad(weighted), in_dims=(0, 0), chunk_size=TOGETHER)(self.state, self.weights[:, rows])
                 self.step += 1
                 rate = self.rate * (1 - (self.step - 1) / total)
                 for k, g in found.items():
@@ -340,16 +364,18 @@ class Ensemble:
 
     def evaluate(self, examples: dict[str, Tensor]) -> Tensor:
         """Return every model's mean loss, [models]."""
-        with torch.no_grad():
-            return vmap(lambda state: self.losses(state, examples).mean(), chunk_size=8)(self.state)
+        with math_attention(), torch.no_grad():
+            return vmap(lambda state: self.losses(state, examples).mean(), chunk_size=TOGETHER)(self.state)
 
 
 STEPS, STATES = 160, 4
+TOGETHER = 26
+"""Models whose gradients are computed at once."""
 
 
-def lm_scores(examples: dict[str, Tensor], probes: dict[str, Tensor], seed: int) -> tuple[Scores, dict[float, float]]:
+def lm_scores(kind: str, examples: dict[str, Tensor], probes: dict[str, Tensor], seed: int) -> tuple[Scores, dict[float, float]]:
     """Train one model on everything and score each example; also DataInf against the exact inverse, over damping."""
-    ensemble = Ensemble(seed, torch.ones(1, len(examples["input_ids"])), examples)
+    ensemble = Ensemble(kind, seed, torch.ones(1, len(examples["input_ids"])), examples)
     names = [name for name, _ in ensemble.model.named_parameters()]
     only = torch.zeros(len(probes["input_ids"]), dtype=torch.int64)
     total: Scores = {"tracin": torch.zeros(1), "less": torch.zeros(1)}
@@ -394,24 +420,33 @@ def blended(groups: int, size: int, seed: int) -> tuple[dict[str, Tensor], Tenso
     return as_examples(rows), torch.tensor(group)
 
 
-def lm_truth(groups: int = 64, size: int = 8, seeds: int = 6) -> tuple[list[dict[str, object]], dict[float, float]]:
-    """Compare with leave-group-out retraining: the same initial weights and order with and without a group."""
+def lm_truth(
+    kind: str, groups: int, seeds: int, halves: int = 0, size: int = 8
+) -> tuple[list[dict[str, object]], dict[float, float]]:
+    """Compare with retraining: without each group, or on random halves of the groups (Park et al., arXiv 2303.14186).
+
+    The models of a seed have the same initial weights and order.
+    """
     examples, group = blended(groups, size, 0)
     source = pieces("code", 1)
     probes = as_examples([next(source) for _ in range(128)])
-    weights = torch.ones(groups + 1, len(group))
-    for g in range(groups):
-        weights[g, group == g] = 0
+    if halves:
+        order = torch.rand(halves, groups, generator=torch.Generator().manual_seed(0)).argsort(1)
+        kept = (order < groups // 2).float()
+    else:
+        kept = torch.cat([1 - torch.eye(groups), torch.ones(1, groups)])
     truths = []
-    for seed in track(range(seeds), "LM: retraining", console=Console(stderr=True), transient=True):
-        ensemble = Ensemble(seed, weights, examples)
+    for seed in track(range(seeds), f"{kind}: retraining", console=Console(stderr=True), transient=True):
+        ensemble = Ensemble(kind, seed, kept[:, group], examples)
         ensemble.train(STEPS, STEPS)
         losses = ensemble.evaluate(probes)
-        truths.append(losses[:-1] - losses[-1])
-    runs = [lm_scores(examples, probes, 100 + seed) for seed in range(3)]
-    scores = {name: sum(found[name] for found, _ in runs) / len(runs) for name in runs[0][0]}
+        truths.append(-losses if halves else losses[:-1] - losses[-1])
+    runs = [lm_scores(kind, examples, probes, 100 + seed) for seed in range(3)]
+    scores = by_group({name: sum(found[name] for found, _ in runs) / len(runs) for name in runs[0][0]}, group, groups)
+    if halves:
+        scores = {name: kept @ found for name, found in scores.items()}
     agreement = {damping: min(found[damping] for _, found in runs) for damping in DAMPINGS}
-    return compared("LM", torch.stack(truths), by_group(scores, group, groups)), agreement
+    return compared(kind, torch.stack(truths), scores), agreement
 
 
 # Part 3: poison.
@@ -451,27 +486,34 @@ def poisoned_lm(kind: str, draws: int = 3, count: int = 320) -> list[dict[str, o
         rows = [next(sources[kind if wrong[i] else ("code", "prose")[i % 2]]) for i in range(count)]
         clean = {name: pieces(name, 40 + draw) for name in ("code", "prose")}
         probes = as_examples([next(clean[("code", "prose")[i % 2]]) for i in range(128)])
-        found.append((lm_scores(as_examples(rows), probes, draw)[0], wrong))
+        found.append((lm_scores("LM", as_examples(rows), probes, draw)[0], wrong))
     return poison_rows(f"LM, {kind} rows", found)
+
+
+PARTS = ("digits", "LM", "transformer", "halves", "poison")
 
 
 def main() -> None:
     """Run the benchmark."""
     arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--parts", nargs="+", choices=PARTS, default=("digits", "LM", "poison"), help="what is measured")
     chosen = arguments.parse_args()
     torch.set_num_threads(chosen.threads)
-    rows, agreement = lm_truth()
-    rows, bars = [*digits_truth(), *rows], []
-    for part, found in (("digits", digits_agreement()), ("LM", agreement)):
-        for damping, value in found.items():
+    rows, bars = [], []
+    for part in (part for part in PARTS[:-1] if part in chosen.parts):
+        found, agreement = (digits_truth(), digits_agreement()) if part == "digits" else lm_truth(part, **TRUTHS[part])
+        rows += found
+        for damping, value in agreement.items():
             rows.append(line(part, "Spearman", f"DataInf and the exact inverse, {damping:g} E|g|^2", value))
-        bars.append(bar(f"{part}: DataInf and the exact inverse, Spearman at the best damping", max(found.values()), ">=", 0.95))
-    rows += [row for kind in ("random", "directed") for row in poisoned_digits(kind)]
-    rows += [row for kind in ("shuffled", "junk") for row in poisoned_lm(kind)]
-    for part in ("digits", "LM"):
-        won = sum(row["part"] == part and row["verdict"] == "above controls" for row in rows)
+        bars.append(
+            bar(f"{part}: DataInf and the exact inverse, Spearman at the best damping", max(agreement.values()), ">=", 0.95)
+        )
+        won = sum(row["verdict"] == "above controls" for row in found)
         bars.append(bar(f"{part}: methods whose interval lies above every control's", won, ">=", 1))
-    finish("influence against truth", rows, bars, ("torch", "scikit-learn", "data-handler"), chosen.json)
+    if "poison" in chosen.parts:
+        rows += [row for kind in ("random", "directed") for row in poisoned_digits(kind)]
+        rows += [row for kind in ("shuffled", "junk") for row in poisoned_lm(kind)]
+    finish("influence against truth", rows, bars, ("torch", "transformers", "scikit-learn", "data-handler"), chosen.json)
 
 
 if __name__ == "__main__":
