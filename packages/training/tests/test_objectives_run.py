@@ -1,7 +1,10 @@
 """Objectives, teachers and curricula in whole runs, through the command line, in this process."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,8 +126,8 @@ def test_a_weight_of_nothing_loads_no_teacher_and_changes_no_bit(quick, tmp_path
 
 
 def test_micro_batches_change_no_objective(quick, tmp_path):
-    _, whole = ran(quick, ALL_THREE.replace("auto", "3.0"))
-    _, parts = ran(quick, ALL_THREE.replace("auto", "3.0"), "training.micro_batch_rows=1", f"output_dir={tmp_path / 'parts'}")
+    _, whole = ran(quick, ALL_THREE)
+    _, parts = ran(quick, ALL_THREE, "training.micro_batch_rows=1", f"output_dir={tmp_path / 'parts'}")
     for name in ("ce", "logits", "relations"):
         assert [line[f"objective/{name}"] for line in parts] == pytest.approx(
             [line[f"objective/{name}"] for line in whole], rel=2e-3
@@ -272,3 +275,18 @@ def test_a_model_that_was_always_ternary_has_no_original_to_learn_from(quick, tm
     settings = [o for o in from_directory(quick, directory) if not o.startswith("model=")]
     assert main([*settings, "model=bitnet_2b", f"model.pretrained={directory}", BOTH]) == 2
     assert "name one as teacher.model=DIR" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("values", [ALL_THREE, "objectives={layerwise: {}}"], ids=["all", "no logits"])
+def test_two_processes_take_the_same_steps(quick, tmp_path, values):
+    """Also where the head and the last norm get no gradient."""
+    _, one = ran(quick, values, "training.gradient_norms_every=3", f"output_dir={tmp_path / 'one'}")
+    ddp = ["distributed=ddp", "distributed.accelerator=cpu", f"output_dir={tmp_path / 'two'}"]
+    command = [sys.executable, "-m", "wrinklefree", *quick, values, "training.gradient_norms_every=3", *ddp]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert done.returncode == 0, done.stderr
+    two = read_metrics(tmp_path / "two" / "metrics.jsonl")
+    for key in (key for key in one[0] if key.startswith(("objective/", "loss"))):
+        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=5e-3)

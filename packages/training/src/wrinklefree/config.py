@@ -143,8 +143,8 @@ class TrainingConfig:
             weights) trained on the same tokens.
         trainable: "all", or "gains": those of norms alone (stage 1 of BitDistill, before the weights are ternary).
         gradient_norms_every: steps between measurements of each objective's gradient norm, the first step included; 0 measures
-            none. One costs a forward pass and a backward pass for every objective, on the first micro-batch, and changes no
-            result but that of weights that are `auto`, which follow it.
+            none. One costs a forward and a backward pass for every objective, and changes no result but that of weights that
+            are `auto`, which follow it.
         activation_checkpointing: keep each block's input alone for the backward pass, and compute the block once more there: less
             memory, more time, the same bits.
         wandb: "auto" (online with a key, else offline), "offline" or "off".

@@ -17,6 +17,7 @@ from wrinklefree.curriculum import Point, point_at
 from wrinklefree.mixing import Mixture
 from wrinklefree.objective import domain_sums
 from wrinklefree.objectives import Objectives
+from wrinklefree.objectives.norms import gradient_norm
 from wrinklefree.objectives.settings import AUTO, reference_of
 from wrinklefree.optim import build_optimizer, parameter_groups
 from wrinklefree.resume import KEY, Identity
@@ -226,7 +227,7 @@ class TernaryModule(pl.LightningModule):
     def _gradient_norms(self, batch: Batch, step: int) -> dict[str, float]:
         """Measure the norm of each objective's gradient, without its weight, when it is time, and set the weights that are `auto`.
 
-        It is that of the mean over the first micro-batch of every process, the root mean square over processes.
+        It is that of the mean over the whole step, however this is cut.
         """
         every = self.run_config.training.gradient_norms_every
         active = list(self.weights_at(step))
@@ -236,15 +237,11 @@ class TernaryModule(pl.LightningModule):
         reference = reference_of(self.settings)
         if reference is not None and reference not in active and any(self.settings[name].weight == AUTO for name in active):
             active.append(reference)
-        part = self._micro_batches(batch)[0]
-        coefficients = {name: 1.0 / count.clamp(min=1) for name, count in self.objectives.counts(part, active).items()}
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        norms = {}
-        for name, total in self.objectives.each(self.model, part, coefficients):
-            found = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
-            square = torch.stack([g.float().square().sum() for g in found if g is not None]).sum()
-            del found
-            norms[name] = float((self._sum(square) / self.trainer.world_size).sqrt())
+        parts = self._micro_batches(batch)
+        counts = {name: self._sum(count).clamp(min=1) for name, count in self.objectives.counts(batch, active).items()}
+        norms = {
+            name: gradient_norm(self.objectives, self.model, parts, name, 1.0 / count, self._sum) for name, count in counts.items()
+        }
         for name, norm in norms.items():
             if self.settings[name].weight == AUTO and 0 < norm < float("inf"):
                 assert reference is not None

@@ -1,6 +1,6 @@
 """All objectives of a run on a batch: one forward of the student, at most one of the teacher, and one sum to differentiate."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -64,35 +64,15 @@ class Objectives:
             batch: what the data room gives.
             coefficients: name to the float scalar that the objective's sum is multiplied by.
         """
-        return self._losses(model, batch, coefficients, *self._see(model, batch, coefficients))
-
-    def each(self, model: PreTrainedModel, batch: Batch, coefficients: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield every objective times its coefficient by itself, all on the same forward passes, whose graph must be retained."""
-        seen = self._see(model, batch, coefficients)
-        for name, coefficient in coefficients.items():
-            yield name, self._losses(model, batch, {name: coefficient}, *seen).total
-
-    def _see(self, model: PreTrainedModel, batch: Batch, names: Iterable[str]) -> tuple[Views | None, Lesson | None]:
-        """Run the forward passes: none that nobody needs."""
-        chosen = [self.objectives[name] for name in names]
+        chosen = {name: self.objectives[name] for name in coefficients}
         lesson = None
-        if taught := [objective for objective in chosen if objective.uses_teacher]:
+        if taught := [objective for objective in chosen.values() if objective.uses_teacher]:
             assert self.teacher is not None
             shape = self.teacher.shape
             asked = reduce(or_, (objective.teacher_needs(self.student, shape) for objective in taught), Needs())
             lesson = self.teacher.lesson(batch, asked)
-        needs = reduce(or_, (objective.student_needs(self.student) for objective in chosen), Needs())
-        return forward_views(model, batch, needs) if needs else None, lesson
-
-    def _losses(
-        self,
-        model: PreTrainedModel,
-        batch: Batch,
-        coefficients: Mapping[str, Tensor],
-        views: Views | None,
-        lesson: Lesson | None,
-    ) -> Losses:
-        chosen = {name: self.objectives[name] for name in coefficients}
+        needs = reduce(or_, (objective.student_needs(self.student) for objective in chosen.values()), Needs())
+        views = forward_views(model, batch, needs) if needs else None
         sums: dict[str, Tensor] = {}
         total, token_losses = self._rows(model, views, batch, lesson, chosen, coefficients, sums)
         for name, objective in chosen.items():
