@@ -223,6 +223,15 @@ def test_the_steps_losses_add_up_and_reach_the_student_alone(estimator):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_rows_without_labels_add_nothing():
+    batch, student = packed(2), student_of()
+    silent = batch | {"labels": torch.full_like(batch["labels"], -100)}
+    losses = tcs_step(student, teacher_of(), silent, how()) | {"plain": diffusion_step(student, silent, how().diffusion)["dlm"]}
+    assert all(float(loss.detach()) == 0.0 for loss in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is None or not p.grad.any() for p in student.parameters())
+
+
 def train_student(teacher, estimator, steps=60, shuffled=False):
     student, settings = student_of().train(), how(estimator=estimator, top_k=VOCABULARY)
     optimizer = torch.optim.AdamW(student.parameters(), 5e-3)

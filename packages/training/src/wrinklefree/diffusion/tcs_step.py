@@ -98,8 +98,10 @@ def tcs_step(model: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, set
     how = settings.diffusion
     views = make_views(batch, how)
     check_masked(batch, views, how)
-    target = make_target(teacher, batch, views, settings)
     states = masked_states(view_states(model, batch, views, how), views, how)
+    if not len(states):  # rows of padding, or without labels
+        return {"dlm": states.sum(), "tcs": states.sum()}
+    target = make_target(teacher, batch, views, settings)
     weights = views.weights[views.masked]
     own = batch["input_ids"].repeat(views.count, 1)[views.masked]
     nll = token_nll(model, states, own, how.mask_token_id)
