@@ -72,8 +72,13 @@ def torch_engine(model):
     return EngineInfo(run, "torch", "0", tokenize)
 
 
+def bounds(**more):
+    """Bounds for an engine that is torch itself, and whose codes lie where the emulation's do."""
+    return ParityBounds(**{"min_positions": 2 * LENGTH, "code_noise": 0.0} | more)
+
+
 def gate(master, file, engine, windows, **options):
-    return run_gate(master, file, engine, windows, ParityBounds(min_positions=2 * LENGTH), **options)
+    return run_gate(master, file, engine, windows, bounds(), **options)
 
 
 # ---- activations, element by element as the C code of ggml does it
@@ -262,6 +267,15 @@ def test_an_engine_without_activation_quantisation_fails(master, file, windows):
     assert report.failed_checks() == ["engine.activation_ratio"]
 
 
+def test_an_effect_within_the_noise_of_codes_decides_nothing(master, file, windows):
+    engine = torch_engine(emulated_model(master, file, "none"))
+    effect = gate(master, file, engine, windows).measurements["emulation without activation quantisation"]["mean_kl"]
+    for noise, status, holds in ((effect / 7, "failed", False), (effect / 5, "proven", None)):  # judged from 6 times the noise on
+        report = run_gate(master, file, engine, windows, ParityBounds(min_positions=1, code_noise=noise))
+        check = next(check for check in report.checks if check.name == "engine.activation_ratio")
+        assert (report.status, check.holds) == (status, holds)
+
+
 def test_bounds_decide(master, file, windows):
     engine = torch_engine(emulated_model(master, file).double())
     tight = ParityBounds(min_positions=1, layer_output=1e-9)
@@ -274,7 +288,7 @@ def test_bounds_decide(master, file, windows):
 def test_a_model_whose_noise_hides_a_wrong_type_is_unproven(master, file, windows):
     # With no default to fall back on, and nothing of a control's cost allowed, every widened bound is beyond its cap.
     engine = torch_engine(emulated_model(master, file).double())
-    none = ParityBounds(min_positions=1, training_mean_kl=0.0, resolution=0.0)
+    none = bounds(min_positions=1, training_mean_kl=0.0, resolution=0.0)
     report = run_gate(master, file, engine, windows, none)
     assert (report.status, report.failed_checks()) == ("unproven", [])
     assert "training.mean_kl" in report.undecided_checks()
@@ -283,7 +297,7 @@ def test_a_model_whose_noise_hides_a_wrong_type_is_unproven(master, file, window
     assert check.bound == 0.0
     assert "rounding explains figures up to" in check.note
     # The same bounds with their caps as they are: 0.5 of what Q4_0 costs leaves room for what block-wise rounding costs.
-    capped = run_gate(master, file, engine, windows, ParityBounds(min_positions=1, training_mean_kl=0.0))
+    capped = run_gate(master, file, engine, windows, bounds(min_positions=1, training_mean_kl=0.0))
     assert (capped.status, capped.undecided_checks()) == ("proven", [])
 
 
@@ -357,7 +371,7 @@ def test_an_undecided_packed_ratio_does_not_fail_a_model_and_the_control_fails_a
 def test_margins_of_changed_choices_may_stay_open_and_mean_distances_may_not(master, file, windows):
     """Figures as an engine has them on a model that rounding moves far: more than half of Q4_0's, less than rounding explains."""
     engine = torch_engine(emulated_model(master, file))
-    report = run_gate(master, file, engine, windows, ParityBounds(min_positions=1))
+    report = run_gate(master, file, engine, windows, bounds(min_positions=1))
     assert report.status == "proven"
 
     def judged(*names: str, holds: bool | None):

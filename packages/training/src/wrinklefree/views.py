@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from bitnet_arch.attention import attention_argument
 from bitnet_arch.families import family_of
 from data_handler import document_attention_mask
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ def forward_views(model: PreTrainedModel, batch: Batch, needs: Needs, inputs: Ma
         with _seen_attention(model, views.qkv, needs.qkv):
             views.last = model.base_model(
                 input_ids=batch["input_ids"],
-                attention_mask=document_attention_mask(batch["document_ids"]),
+                attention_mask=_document_mask(model, batch),
                 position_ids=batch["position_ids"],
                 use_cache=False,
             ).last_hidden_state
@@ -121,11 +122,19 @@ def forward_views(model: PreTrainedModel, batch: Batch, needs: Needs, inputs: Ma
 
 def model_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return logits `[B, T, V]`; attention and positions stay inside each document."""
-    mask = document_attention_mask(batch["document_ids"])
     logits: Tensor = model(
-        input_ids=batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"], use_cache=False
+        input_ids=batch["input_ids"],
+        attention_mask=_document_mask(model, batch),
+        position_ids=batch["position_ids"],
+        use_cache=False,
     ).logits
     return logits
+
+
+def _document_mask(model: PreTrainedModel, batch: Batch) -> Tensor | dict[str, Tensor]:
+    """Return who attends to whom; layers with a sliding window (Gemma 3) see no further than that."""
+    at = batch["position_ids"]
+    return attention_argument(model, document_attention_mask(batch["document_ids"])[:, 0], at, at)
 
 
 def _keeping(kept: dict[int, Tensor], block: int) -> Callable[..., None]:

@@ -404,7 +404,8 @@ def _engine_checks(found: dict[str, Comparison], bounds: ParityBounds, codes: bo
         # Measured twice, so that neither an emulation nor an engine that quantises nothing can call the effect too small to see.
         effect = max(off, found["emulation without activation quantisation"].mean_kl)
         ratio = at_most("engine.activation_ratio", engine.mean_kl / max(off, NEGLIGIBLE_KL), bounds.activation_ratio)
-        checks.append(_judged(ratio, effect, floor.mean_kl, bounds, "whether the engine quantises activations"))
+        noise = max(floor.mean_kl, bounds.code_noise)
+        checks.append(_judged(ratio, effect, noise, bounds, "whether the engine quantises activations"))
     return checks
 
 

@@ -28,6 +28,9 @@ class ParityBounds:
             quantisation.
         decidable: that fraction and `end_to_end_off` are judged only where they leave this multiple of the floor, which is what a
             right engine or packed model may differ by (`floor_factor`); else they are reported as undecided.
+        code_noise: the floor of that judgement on an engine is never taken lower than this mean KL, in nats: right emulations of
+            engines that round to codes were seen to differ by 4e-8 to 1.8e-7 (`bitnet_arch.parity.activations`), because any
+            last place may move an activation across a code's edge. A model that is hardly trained shows no larger effect.
         resolution: bounds on KL, on the share of equal choices and on margins widen up to this fraction of what Q4_0 in place of
             ternary costs.
         perplexity_cap: what the bound on |ratio - 1| of perplexities widens to: there Q4_0 can look right by chance.
@@ -54,6 +57,7 @@ class ParityBounds:
     perplexity: float = 0.002
     activation_ratio: float = 0.5
     decidable: float = 3.0
+    code_noise: float = 1e-7
     resolution: float = 0.5
     perplexity_cap: float = 0.05
     min_positions: int = 1000
