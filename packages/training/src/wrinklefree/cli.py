@@ -32,6 +32,8 @@ common keys:
   resume=auto|none|PATH      continue from the newest checkpoint in output_dir (auto), refuse to, or from a file
   training.max_steps=N       optimiser steps
   training.seed=N            of weights, data order and sampling
+  objectives.NAME.weight=W   of an objective that the preset names; 0 costs nothing (docs/objectives.md)
+  teacher.model=DIR|ID       what objectives compare with (default: the original of the student)
   mixture.options.NAME=V     of the method that moves the sources' shares (docs/mixture.md)
   model.pretrained=DIR|ID    the model directory or hub id to start from
 
@@ -39,6 +41,7 @@ examples:
   uv run python scripts/train_lightning.py
   uv run python scripts/train_lightning.py model=smollm2_135m training=base
   uv run python scripts/train_lightning.py training=smoke output_dir=outputs/try
+  uv run python scripts/train_lightning.py model=smollm2_135m training=bitdistill_full
   uv run python scripts/train_lightning.py mixture=odm mixture.options.every=20
   uv run python scripts/train_lightning.py data=text 'data.sources.0.path=notes/*.txt'
 
