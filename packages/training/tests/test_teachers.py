@@ -328,3 +328,10 @@ def test_a_server_that_is_down_ends_a_run_before_its_first_step(run, tmp_path, c
     assert main([*kept, *more, f"output_dir={tmp_path / 'down'}"]) == 2
     assert "gave no answer in 1 try" in capsys.readouterr().err.splitlines()[-1]
     assert not (Path(tmp_path) / "down" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_compiled_teacher_says_the_same():
+    plain, compiled = LocalTeacher(llama(), "plain"), LocalTeacher(llama(), "compiled", compiled=True)
+    a, b = (t.lesson(batch(), Needs(logits=True)).targets.full(torch.arange(9)) for t in (plain, compiled))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
