@@ -48,7 +48,7 @@ def comparable(directory):
     return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in read_metrics(directory / "metrics.jsonl")]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_interrupted_runs_continue_to_the_same_bits(overrides, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     reference = start(overrides, f"output_dir={whole}")
@@ -84,7 +84,7 @@ def test_interrupted_runs_continue_to_the_same_bits(overrides, tmp_path):
     assert "holds checkpoints of a run" in finish(process, 2)[1]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(overrides, tmp_path):
     run = tmp_path / "run"
     finish(start(overrides, "training.compare_fp=false"), 0)
@@ -97,7 +97,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(overrides, tmp_path):
     assert len(read_metrics(run / "metrics.jsonl")) == STEPS
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_two_processes_with_micro_batches_train_as_one_does(overrides, tmp_path):
     finish(start(overrides, f"output_dir={tmp_path / 'one'}"), 0)
     ddp = ["distributed=ddp", "distributed.accelerator=cpu", "training.micro_batch_rows=1", f"output_dir={tmp_path / 'two'}"]
@@ -111,7 +111,7 @@ def test_two_processes_with_micro_batches_train_as_one_does(overrides, tmp_path)
             assert two["loss"] == pytest.approx(one["loss"], abs=tolerance)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.slow
 def test_a_full_disk_loses_no_earlier_checkpoint(overrides, tmp_path):
     run = tmp_path / "run"
