@@ -84,6 +84,7 @@ def test_interrupted_runs_continue_to_the_same_bits(overrides, tmp_path):
     assert "holds checkpoints of a run" in finish(process, 2)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(overrides, tmp_path):
     run = tmp_path / "run"
@@ -97,6 +98,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(overrides, tmp_path):
     assert len(read_metrics(run / "metrics.jsonl")) == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_two_processes_with_micro_batches_train_as_one_does(overrides, tmp_path):
     finish(start(overrides, f"output_dir={tmp_path / 'one'}"), 0)
