@@ -44,6 +44,18 @@ def naive(hidden, head, targets, teacher, weights, tau):
 
 
 @pytest.mark.parametrize("kind", ["plain", "tied", "bitlinear"])
+def test_a_batch_without_rows_gives_every_parameter_a_gradient_of_zeros(kind):
+    """Otherwise DDP waits for the head's in vain, on a process without labels."""
+    head = heads()[kind]
+    source = torch.randn(ROWS, WIDTH, requires_grad=True)
+    losses = [lambda logits, part: logits.sum(1)]
+    total, values = head_losses(source[:0], head, list(head.parameters()), losses, torch.ones(1), vocabulary=VOCABULARY)
+    total.backward()
+    assert (float(total.detach()), values.shape) == (0.0, (1, 0))
+    assert all(not tensor.grad.any() for tensor in (source, *head.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["plain", "tied", "bitlinear"])
 def test_pieces_of_the_head_give_the_textbooks_loss_and_gradients(kind):
     torch.manual_seed(0)
     head = heads()[kind]

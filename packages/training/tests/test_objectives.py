@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from wrinklefree.module import model_logits
 from wrinklefree.objectives import Objectives, parse_objectives
+from wrinklefree.objectives.norms import gradient_norm
 from wrinklefree.teachers.base import Shape
 from wrinklefree.teachers.local import LocalTeacher
 from wrinklefree.views import Needs, forward_views
@@ -180,6 +181,26 @@ def test_an_objective_brings_the_student_to_its_teacher_and_not_to_another(name)
     fell, fell_away = before[name] - after[name], start - end
     assert after[name] < 0.3 * before[name]
     assert fell_away < 0.2 * fell
+
+
+def test_a_gradients_norm_is_that_of_the_mean_and_every_parameter_takes_part_in_the_sum():
+    """The norm is computed beside it from whole logits; parameters without a gradient are summed too, on every process alike."""
+    model, data = student(), batch()
+    objectives = build({"ce": {}, "layers": {"kind": "layerwise", "weights": "last", "last": 1}}, model, local(llama(1)))
+    summed = []
+    for name, count in objectives.counts(data, objectives.objectives).items():
+        parts = [{key: value[i : i + 1] for key, value in data.items()} for i in range(3)]
+        found = gradient_norm(objectives, model, parts, name, 1.0 / count, lambda g: summed.append(g.shape) or g)
+        assert summed == [p.shape for p in model.parameters()]
+        summed.clear()
+        if name == "ce":
+            loss = F.cross_entropy(model_logits(model, data)[:, :-1].flatten(0, 1), data["labels"][:, 1:].flatten())
+        else:
+            loss = means(objectives, model, data)[0].total - means(build({"ce": {}}, model), model, data)[0].total
+        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        expected = torch.cat([g.flatten() for g in gradients if g is not None]).norm()
+        assert found == pytest.approx(float(expected), rel=1e-3)
+        assert found > 1e-3
 
 
 def test_a_weight_of_nothing_leaves_the_student_where_the_others_lead_it():

@@ -43,7 +43,9 @@ def head_losses(
         A scalar and float32 `[K, N]`, see `wrinklefree.losses.pieces.sum_of_pieces`.
     """
     if len(hidden) == 0:
-        return hidden.sum() * 0.0, weights.new_zeros(len(losses), 0)
+        # Zeros, not no gradient: other processes have rows, and DDP waits for every parameter's.
+        total = torch.stack([tensor[:0].sum() for tensor in (hidden, *parameters)]).sum()
+        return total, weights.new_zeros(len(losses), 0)
 
     weight = _plain_weight(head, parameters) if torch.is_grad_enabled() else None
     filled = {} if weight is None else {1: torch.zeros_like(weight)}

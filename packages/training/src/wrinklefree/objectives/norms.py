@@ -28,7 +28,7 @@ def gradient_norm(
         parts: this process's micro-batches of a step.
         name: which objective.
         coefficient: what its sum is multiplied by: 1 / its count over the whole step for the gradient of its mean.
-        reduce: sums a gradient over processes.
+        reduce: sums a gradient over processes; called once for every trained parameter, in their order.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     sums: list[Tensor | None] = [None] * len(parameters)
@@ -37,5 +37,6 @@ def gradient_norm(
         for i, gradient in enumerate(torch.autograd.grad(total, parameters, allow_unused=True)):
             before = sums[i]
             sums[i] = gradient if before is None else before if gradient is None else before.add_(gradient)
-    squares = [reduce(gradient).float().square().sum() for gradient in sums if gradient is not None]
-    return float(torch.stack(squares).sum().sqrt())
+    # Zeros where there is no gradient: another process may have one, and all must take part in the same sums.
+    whole = (torch.zeros_like(p) if gradient is None else gradient for p, gradient in zip(parameters, sums, strict=True))
+    return float(torch.stack([reduce(gradient).float().square().sum() for gradient in whole]).sum().sqrt())
