@@ -13,9 +13,10 @@ from bitnet_arch import bitlinear_layers, load_model, save_master
 from bitnet_arch.testing import tiny_bitnet, tiny_llama, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers.models.bitnet.modeling_bitnet import BitNetMLP
-from wrinklefree import artifacts, run
+from wrinklefree import artifacts, models, run
 from wrinklefree.callbacks import read_metrics
-from wrinklefree.cli import main
+from wrinklefree.cli import load_run_config, main
+from wrinklefree.models import build_start
 
 PRESETS = (
     "base",
@@ -275,6 +276,58 @@ def test_a_model_that_was_always_ternary_has_no_original_to_learn_from(quick, tm
     settings = [o for o in from_directory(quick, directory) if not o.startswith("model=")]
     assert main([*settings, "model=bitnet_2b", f"model.pretrained={directory}", BOTH]) == 2
     assert "name one as teacher.model=DIR" in capsys.readouterr().err
+
+
+def test_a_ternary_model_is_not_corrected(quick, tmp_path, capsys):
+    directory = tmp_path / "ternary"
+    save_master(tiny_bitnet(hidden=64, ffn=128), directory, tiny_tokenizer())
+    settings = [o for o in from_directory(quick, directory) if not o.startswith("model=")]
+    assert main([*settings, "model=bitnet_2b", f"model.pretrained={directory}", "model.lrc={rank: 4}"]) == 2
+    assert "model.lrc corrects a float model" in capsys.readouterr().err
+
+
+def test_a_model_made_on_the_spot_is_made_again_for_other_settings_and_only_then(quick, corpus, tmp_path, monkeypatch):
+    made, train = [], models.train_float
+    monkeypatch.setattr(models, "train_float", lambda *args, **options: made.append(options["steps"]) or train(*args, **options))
+    folder = tmp_path / "corpus"
+    shutil.copytree(corpus, folder)
+    settings = [option.replace(f"{corpus}/", f"{folder}/") for option in quick] + [
+        "objectives={logits: {}}",
+        "teacher.made_steps=2",
+    ]
+    for more in ([], [], ["training.learning_rate=1e-3"]):
+        build_start(load_run_config([*settings, *more]))
+        assert made == [2]
+    for more in (["teacher.made_steps=3"], ["training.seed=1"], ["model.shape.num_hidden_layers=3"], ["data.sequence_length=48"]):
+        before = len(made)
+        build_start(load_run_config([*settings, *more]))
+        assert len(made) == before + 1
+    build_start(load_run_config(settings))
+    before = len(made)
+    (folder / "count-00.txt").write_text("another text of the same name, in which nothing is counted at all")
+    build_start(load_run_config(settings))
+    assert len(made) == before + 1
+
+
+def test_another_process_waits_for_the_model_and_makes_none(quick, monkeypatch):
+    """The others wait until the first has made it; here it is made while one of them sleeps."""
+    config = load_run_config([*quick, "objectives={logits: {}}", "teacher.made_steps=2"])
+    made, slept, make = [], [], models._make
+    monkeypatch.setattr(models, "_make", lambda *args: made.append(1) or make(*args))
+    note = "by the first"
+    monkeypatch.setattr(
+        models.time, "sleep", lambda s: slept.append(s) or make(config, None, Path(config.output_dir) / "teacher", note)
+    )
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    start = build_start(config)
+    assert (made, len(slept)) == ([], 1)
+    assert start.original == Path(config.output_dir) / "teacher"
+
+
+def test_a_layer_that_is_not_there_is_refused_before_a_model_is_made(quick, monkeypatch, capsys):
+    monkeypatch.setattr(models, "train_float", lambda *args, **options: pytest.fail("a model was made"))
+    assert main([*quick, "objectives={relations: {layer: 7, heads: 4}}"]) == 2
+    assert "layer=7 is out of range" in capsys.readouterr().err
 
 
 @pytest.mark.slow

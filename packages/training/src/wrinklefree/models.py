@@ -1,9 +1,12 @@
 """The model and tokenizer that a run starts from."""
 
+import json
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from bitnet_arch import (
@@ -27,10 +30,15 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from wrinklefree.config import ModelConfig, RunConfig
+from wrinklefree.files import write_json
+from wrinklefree.processes import is_first
+from wrinklefree.teachers.base import Shape
 from wrinklefree.teachers.made import train_float
 
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 4, 512
 TOKENIZER_DOCUMENTS = 400
+MADE_OF = "made.json"
+"""In the directory of a model that was made on the spot: the settings and the text that it was made of."""
 
 
 @dataclass(frozen=True)
@@ -111,23 +119,64 @@ def _converted(
 
 def _from_made(config: RunConfig, saved: str | None) -> Start:
     """Begin with a float model that is trained on the spot, of the run's shape, and kept as `teacher/` in its directory."""
-    directory, training = Path(config.output_dir) / "teacher", config.training
-    steps = config.teacher.made_steps or training.max_steps
+    directory = Path(config.output_dir) / "teacher"
     note = (
-        f"a float model of this shape, made on the spot in {steps} steps on the run's own text (seed {training.seed}): a stand-in "
-        "for a pretrained one"
+        f"a float model of this shape, made on the spot in {_made_steps(config)} steps on the run's own text (seed "
+        f"{config.training.seed}): a stand-in for a pretrained one"
     )
-    if (directory / "config.json").is_file():
-        tokenizer = load_tokenizer(directory)
-    else:
-        tokenizer, model = _random_float(config, saved)
-        stream = PackedStream(config.data, tokenizer, seed=training.seed)
-        train_float(model, stream, steps=steps, rows_per_step=training.rows_per_step)
-        save_master(model, directory, tokenizer, note)
+    # A run that continues has the settings and the text of the one that it continues, which are compared with its checkpoint's.
+    if not ((saved is not None and (directory / "config.json").is_file()) or _made_of_the_same(config, directory)):
+        if is_first():
+            _make(config, saved, directory, note)
+        else:
+            while not _made_of_the_same(config, directory):
+                time.sleep(1.0)
+    tokenizer = load_tokenizer(directory)
     given = config.model.conversion()
     conversion = given if given.norm == "none" or config.model.gain else replace(given, gain="calibrated")
     source = Pretrained(directory, "directory", note, note)
     return _converted(config, source, conversion, tokenizer, tokenizer.backend_tokenizer.to_str())
+
+
+def _make(config: RunConfig, saved: str | None, directory: Path, note: str) -> None:
+    """Train the float model of the run's shape, and write it with a record of what it was made of."""
+    tokenizer, model = _random_float(config, saved)
+    if config.teacher.model is None:  # it will teach: what is wrong with its shape is to be said before it is made
+        shape = Shape.of(model)
+        for item in config.objective_settings().values():
+            item.objective.check(shape, None if config.teacher.tops_only else shape)
+    stream = PackedStream(config.data, tokenizer, seed=config.training.seed)
+    train_float(model, stream, steps=_made_steps(config), rows_per_step=config.training.rows_per_step)
+    save_master(model, directory, tokenizer, note)
+    write_json(directory / MADE_OF, _settings_of_made(config) | {"text": stream.fingerprint()})
+
+
+def _made_of_the_same(config: RunConfig, directory: Path) -> bool:
+    """Whether a directory holds what `_make` would make, as its record has it."""
+    try:
+        record = json.loads((directory / MADE_OF).read_text())
+        text = record.pop("text")
+    except (OSError, ValueError, AttributeError, KeyError):
+        return False
+    if record != _settings_of_made(config):
+        return False
+    stream = PackedStream(config.data, load_tokenizer(directory), seed=config.training.seed)
+    return bool(text == stream.fingerprint())
+
+
+def _settings_of_made(config: RunConfig) -> dict[str, Any]:
+    assert config.model.shape is not None
+    training = config.training
+    return {
+        "shape": asdict(config.model.shape),
+        "seed": training.seed,
+        "steps": _made_steps(config),
+        "rows_per_step": training.rows_per_step,
+    }
+
+
+def _made_steps(config: RunConfig) -> int:
+    return config.teacher.made_steps or config.training.max_steps
 
 
 def calibration_rows(
@@ -156,6 +205,8 @@ def _check_master(model: ModelConfig, directory: Path) -> None:
     for name in ("gain", "softness"):
         if getattr(model, name) is not None:
             raise UserError(f"{directory} is ternary already, and nothing is inserted: leave out model.{name}")
+    if model.lrc is not None:
+        raise UserError(f"{directory} is ternary already, and model.lrc corrects a float model: give that, or leave out model.lrc")
 
 
 def _training_documents(data: DataConfig, source_index: int, skip: int = 0) -> Iterator[str]:

@@ -26,6 +26,7 @@ from wrinklefree.evaluation import heldout_loss, perplexity
 from wrinklefree.files import write_json, write_text, writing
 from wrinklefree.models import Start, build_start
 from wrinklefree.optim import train_gains_only
+from wrinklefree.processes import is_first
 from wrinklefree.resume import KEY, check_config, plain, read_checkpoint
 from wrinklefree.teachers.base import Teacher
 from wrinklefree.teachers.load import load_teacher
@@ -70,7 +71,7 @@ def train(config: RunConfig) -> Outcome:
         ternary = train_arm("ternary", start.model, train_rows, heldout, directory, quantized=True, resume=resume, **common)
         if ternary.interrupted:
             return Outcome(None, ternary.checkpoint)
-        if _is_first():
+        if is_first():
             save_master(ternary.model, directory / "model", start.tokenizer, _provenance(start, teacher))
         arms = {"ternary": directory / "metrics.jsonl"}
         reference: ArmResult | None = None
@@ -83,7 +84,7 @@ def train(config: RunConfig) -> Outcome:
             if reference.interrupted:
                 return Outcome(None, reference.checkpoint)
             arms["unquantised"] = folder / "metrics.jsonl"
-    if not _is_first():
+    if not is_first():
         return Outcome(None)
     loss_fp = reference.heldout_loss if reference else _original_loss(start, config, heldout)
     return Outcome(_finish(config, start, ternary, reference, loss_fp, arms, directory, teacher))
@@ -165,7 +166,7 @@ def prepare_directory(config: RunConfig, directory: Path) -> Path | None:
         raise UserError(f"{directory} holds checkpoints of its own run, and {chosen} is of another: choose another output_dir")
     if chosen is not None:
         check_config(chosen, read_checkpoint(chosen), config)
-    if _is_first():
+    if is_first():
         with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
@@ -201,7 +202,7 @@ def wandb_logger(config: RunConfig, directory: Path) -> Iterator[Logger | None]:
         UserError: if wandb cannot start, for example because of a malformed key.
     """
     mode = config.training.wandb
-    if mode == "off" or not _is_first():
+    if mode == "off" or not is_first():
         yield None
         return
     # Before the import: it fixes wandb's settings, and its remarks would bury ours.
@@ -232,9 +233,5 @@ def wandb_logger(config: RunConfig, directory: Path) -> Iterator[Logger | None]:
 
 def say(text: str) -> None:
     """Print a line for people, once for all processes."""
-    if _is_first():
+    if is_first():
         print(text, file=sys.stderr, flush=True)
-
-
-def _is_first() -> bool:
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
