@@ -51,6 +51,16 @@ def test_shares_of_sources_begin_with_their_phase():
     assert shares_at(config, 0.5) == (1, {"x": 0.9, "y": 0.1}) == shares_at(config, 0.99)
 
 
+def test_a_phase_may_be_a_single_step_and_factors_of_one_may_stand_beside_others():
+    phases = "[{until: 0.5, learning_rate: 1.0}, {until: 0.504, learning_rate: 0.5}, {until: 1.0, learning_rate: 1.0}]"
+    config = load_run_config([f"curriculum.phases={phases}"])
+    rates = [point_at(config.curriculum, step / 250).learning_rate for step in range(250)]
+    assert [step for step, rate in enumerate(rates) if rate == 0.5] == [125]
+    assert load_run_config(["curriculum.phases=[{until: 0.5, lambda_value: 0.0}]"]) is not None
+    rising = ["training.lambda_schedule=linear", "training.lambda_warmup_share=0.5"]
+    assert load_run_config([*rising, "curriculum.phases=[{until: 0.5, lambda_value: 1.0}]"]).own_lambda
+
+
 def test_an_objective_that_never_counts_is_known():
     assert ever_above_zero(curriculum(), "a")
     assert not ever_above_zero(curriculum({"until": 1.0, "objectives": {"a": 0.0}}), "a")
@@ -70,6 +80,12 @@ def test_an_objective_that_never_counts_is_known():
         ("[{until: 0.5, objectives: {logits: 1}}]", "names 'logits', and the objectives are ce"),
         ("[{until: 1.0, objectives: {ce: 0}}]", "no objective ever has a weight above 0"),
         ("[{until: 0.5, data: {code: 1.0}}]", "must give every source a share"),
+        ("[{until: 0.5, learning_rate: 1.0}]", "curriculum.phases has no effect, since all of its factors are 1"),
+        ("[{until: 0.5, objectives: {ce: 1}, lambda_value: 1}]", "curriculum.phases has no effect"),
+        (
+            "[{until: 0.501, learning_rate: 0.5}, {until: 0.503, learning_rate: 1.0}]",
+            "phases.1 is too short: none of the run's 250",
+        ),
         ("[{until: 0.5, interpolation: zigzag, learning_rate: 0.5}]", "interpolation"),
     ],
     ids=str,

@@ -14,12 +14,12 @@ from data_handler.mixture import CONTROLLERS, Controller, OnlineDataMixing, pars
 from data_handler.mixture.settings import option_names
 
 from wrinklefree.correction import CorrectionConfig
-from wrinklefree.curriculum import CurriculumConfig, ever_above_zero
+from wrinklefree.curriculum import CurriculumConfig, ever_above_zero, steps_before
 from wrinklefree.mapping import from_mapping
 from wrinklefree.mapping import require as _require
 from wrinklefree.objectives import LogitsDivergence, ObjectiveSettings, parse_objectives
 from wrinklefree.objectives.diffusion import MaskedDiffusion
-from wrinklefree.objectives.settings import diffusion_form, reference_of
+from wrinklefree.objectives.settings import AUTO, diffusion_form, reference_of
 from wrinklefree.schedules import LEARNING_RATE_SCHEDULES
 from wrinklefree.teachers.settings import TeacherConfig
 
@@ -360,11 +360,14 @@ class RunConfig:
             not self.teacher.compiled or not any(i.objective.uses_teacher and i.objective.way != "rows" for i in settings.values()),
             "teacher.compiled serves distributions alone, and an objective asks for the teacher's layers: leave it out",
         )
+        for name, item in settings.items():
+            _require(
+                item.weight != AUTO or reference_of(settings) is not None,
+                f"objectives.{name}.weight=auto matches its gradient to that of the cross-entropy, whose factor the curriculum "
+                "never raises above 0: raise it in a phase, or give a number",
+            )
         self._check_tops(settings)
-        _require(
-            taught or self.teacher.model is None or any(item.get("weight") == 0 for item in self.objectives.values()),
-            "teacher.model has no effect: none of the objectives compares with a teacher (logits, relations and layerwise do)",
-        )
+        self._check_teacher(taught)
         _require(
             not self.teacher.offload or not any(i.objective.way == "own" and i.objective.uses_teacher for i in settings.values()),
             "teacher.offload serves one forward pass a batch, and an objective runs the teacher more often: leave it out",
@@ -382,6 +385,21 @@ class RunConfig:
             not lrc or all(phase.lambda_value in (None, 1.0) for phase in self.curriculum.phases),
             "model.lrc freezes weights that are ternary, and lambda stays 1: leave lambda_value out of the curriculum",
         )
+
+    def _check_teacher(self, taught: bool) -> None:
+        """Refuse settings of a teacher that there is not; those beside an objective of weight 0 wait for it."""
+        waits = any(item.get("weight") == 0 for item in self.objectives.values())
+        _require(
+            self.teacher.made_steps is None or self.makes_original or (waits and self.model.shape is not None),
+            "teacher.made_steps has no effect where no model is made on the spot, which takes random weights (model.shape) and an "
+            "objective with a teacher: leave it out",
+        )
+        for item in fields(TeacherConfig):
+            _require(
+                taught or waits or item.name == "made_steps" or getattr(self.teacher, item.name) == item.default,
+                f"teacher.{item.name} has no effect: none of the objectives compares with a teacher (logits, relations, "
+                "layerwise and tcs do)",
+            )
 
     def _check_tops(self, settings: dict[str, ObjectiveSettings]) -> None:
         """Refuse objectives that a teacher cannot serve that is known by its likeliest tokens alone."""
@@ -431,6 +449,12 @@ class RunConfig:
                 begin < total,
                 f"{where} would begin at {begin:g}, and the run ends at {total:g}: lower the phases' until, or raise max_steps",
             )
+            before, last = (steps_before(end, total, self.training.max_steps) for end in (begin, phase.until))
+            _require(
+                before < last,
+                f"{where} is too short: none of the run's {self.training.max_steps} steps begins from {begin:g} to "
+                f"{phase.until:g}, so widen it, leave it out, or raise max_steps",
+            )
             begin = phase.until
             if phase.data is not None:
                 _require(
@@ -442,6 +466,12 @@ class RunConfig:
                     and abs(sum(phase.data.values()) - 1) < 1e-6,
                     f"{where}.data must give every source a share above 0, summing to 1: the sources are {', '.join(names)}",
                 )
+
+        stays = self.training.lambda_schedule == "constant"
+        _require(
+            not self.curriculum.phases or not all(phase.repeats_the_run(lambda_stays=stays) for phase in self.curriculum.phases),
+            "curriculum.phases has no effect, since all of its factors are 1: change one, or leave it out",
+        )
 
     def objective_settings(self) -> dict[str, ObjectiveSettings]:
         """Return the objectives that count at any time of the run."""

@@ -23,7 +23,7 @@ class CorrectionConfig:
             them by absmean, and starts from a correction that is zero.
         quantizer: what rounds, of "solved"; see `bitnet_arch.ptq`.
         alternations: how often weights are rounded and adapters solved for, of "solved".
-        calibration_rows: rows of 512 tokens, of "solved".
+        calibration_rows: rows of 512 tokens, of "solved"; None 16.
         dtype: what adapters are stored in.
     """
 
@@ -31,17 +31,22 @@ class CorrectionConfig:
     start: Literal["solved", "random"] = "solved"
     quantizer: Literal["gptq", "absmean", "least_squares"] | None = None
     alternations: int | None = None
-    calibration_rows: int = 16
+    calibration_rows: int | None = None
     dtype: Literal["float16", "int8"] = "float16"
 
     def __post_init__(self) -> None:
-        for name in ("quantizer", "alternations"):
+        for name in ("quantizer", "alternations", "calibration_rows"):
             require(
                 self.start == "solved" or getattr(self, name) is None,
                 f"model.lrc.{name} has no effect with start=random, which solves nothing: leave it out",
             )
-        require(self.calibration_rows > 0, f"model.lrc.calibration_rows must be positive, not {self.calibration_rows}")
+        require(self.rows > 0, f"model.lrc.calibration_rows must be positive, not {self.calibration_rows}")
         self.settings()
+
+    @property
+    def rows(self) -> int:
+        """How many rows the corrections are solved on."""
+        return 16 if self.calibration_rows is None else self.calibration_rows
 
     def settings(self) -> LRCConfig:
         """Return the solver's own configuration."""

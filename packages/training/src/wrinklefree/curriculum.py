@@ -1,6 +1,7 @@
 """Phases of a run, in which weights of objectives, the learning rate and lambda move: pure functions of the run's progress."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -35,6 +36,12 @@ class PhaseConfig:
     learning_rate: float | None = None
     lambda_value: float | None = None
     data: dict[str, float] | None = None
+
+    def repeats_the_run(self, *, lambda_stays: bool) -> bool:
+        """Whether it says what holds without any phase; `lambda_stays` if lambda is 1 throughout without one."""
+        factors = (*self.objectives.values(), 1.0 if self.learning_rate is None else self.learning_rate)
+        strength = self.lambda_value is None or (lambda_stays and self.lambda_value == 1.0)
+        return all(factor == 1.0 for factor in factors) and strength and self.data is None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +114,11 @@ def point_at(config: CurriculumConfig, progress: float, total: float = 1.0) -> P
         break
     factors = {name: values[f"objectives.{name}"] for name in names}
     return Point(factors, values["learning_rate"], values.get("lambda"))
+
+
+def steps_before(until: float, total: float, steps: int) -> int:
+    """Return how many of a run's steps begin before a place in it, compared as `point_at` compares them."""
+    return bisect_left(range(steps), until / total, key=lambda step: step / steps)
 
 
 def shares_at(config: CurriculumConfig, progress: float, total: float = 1.0) -> tuple[int, Mapping[str, float]] | None:

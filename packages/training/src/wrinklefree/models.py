@@ -109,7 +109,7 @@ def _converted(
     context = max_positions(load_config(source.path))
     model = load_float_model(source)
     if config.model.lrc is not None:
-        count = config.model.lrc.calibration_rows
+        count = config.model.lrc.rows
         model = config.model.lrc.build(model, calibration_rows(config.data, tokenizer, context, count))
     else:
         rows = list(calibration_rows(config.data, tokenizer, context)) if conversion.calibrates else None

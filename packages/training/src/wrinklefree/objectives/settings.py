@@ -89,6 +89,7 @@ def diffusion_form(objectives: Mapping[str, ObjectiveSettings]) -> DiffusionForm
 def _parse(name: str, options: Any) -> ObjectiveSettings:
     where = f"objectives.{name}"
     require(isinstance(options, Mapping), f"{where} must be a mapping with a weight, for example {{weight: 1.0}}, not {options!r}")
+    require("/" not in name, f"{where} must have a name without '/', which separates an objective from its parts in the metrics")
     rest = dict(options)
     kind, weight = rest.pop("kind", name), rest.pop("weight", 1.0)
     if kind not in KINDS:
