@@ -6,7 +6,10 @@ import pytest
 import torch
 from bitnet_arch import ConversionConfig, UserError, convert_model
 from bitnet_arch.testing import tiny_llama
+from torch import distributed as dist
+from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from wrinklefree.module import model_logits
 from wrinklefree.objectives import Objectives, parse_objectives
@@ -181,6 +184,32 @@ def test_an_objective_brings_the_student_to_its_teacher_and_not_to_another(name)
     fell, fell_away = before[name] - after[name], start - end
     assert after[name] < 0.3 * before[name]
     assert fell_away < 0.2 * fell
+
+
+class Total(nn.Module):
+    """The objectives' total as a module's forward, as DDP wraps it."""
+
+    def __init__(self, objectives, model):
+        super().__init__()
+        self.objectives, self.model = objectives, model
+
+    def forward(self, data):
+        return self.objectives(self.model, data, {"ce": torch.tensor(1.0)}).total
+
+
+def test_ddp_goes_on_after_a_batch_without_labels():
+    """It waits for the gradient of every parameter, an untied head's too, and raises in the next step where one never came."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, data = llama(tied=False), batch()
+        silent = data | {"labels": torch.full_like(data["labels"], -100)}
+        ddp = DistributedDataParallel(Total(build({"ce": {}}, model), model))
+        for part in (silent, silent, data):
+            model.zero_grad()
+            ddp(part).backward()
+            assert bool(model.lm_head.weight.grad.any()) == (part is data)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_gradients_norm_is_that_of_the_mean_and_every_parameter_takes_part_in_the_sum():

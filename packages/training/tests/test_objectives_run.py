@@ -105,6 +105,24 @@ def test_losses_and_gradient_norms_are_logged_by_name(quick, tmp_path):
     assert same(weights(a), weights(b))
 
 
+@pytest.mark.parametrize(
+    ("values", "weight"),
+    [
+        ("ce: {weight: 1.0}", 1.0),
+        ("logits: {weight: 3.0, temperature: 2.0}", 3.0),
+        ("relations: {weight: 0.5, layer: 0, heads: 4}", 0.5),
+    ],
+)
+def test_a_logged_gradient_norm_is_that_which_the_optimiser_meets(quick, values, weight):
+    """With one objective alone, what clipping measures after the step's backward pass is the weight times its norm."""
+    _, lines = ran(quick, f"objectives={{{values}}}", "training.gradient_norms_every=1", "training.micro_batch_rows=1")
+    name = values.partition(":")[0]
+    assert len(lines) == 6
+    for line in lines:
+        assert weight * line[f"objective_gradient/{name}"] == pytest.approx(line["grad_norm"], rel=1e-3)
+    assert len({line["grad_norm"] for line in lines}) == 6
+
+
 def test_an_auto_weight_gives_a_gradient_the_norm_of_the_cross_entropys(quick):
     _, lines = ran(quick, ALL_THREE, "training.gradient_norms_every=3")
     for line in (lines[0], lines[3]):
