@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitnet_arch import load_model, load_tokenizer, save_master
-from bitnet_arch.diffusion import diffusion_of
+from bitnet_arch.diffusion import add_mask_token, diffusion_of
 from bitnet_arch.generation import DecodeOptions, decode
 from bitnet_arch.testing import tiny_llama, tiny_tokenizer, train_tiny
 from safetensors.torch import load_file
@@ -121,6 +121,34 @@ def test_a_pretrained_model_becomes_a_diffusion_model_and_its_bound_falls(quick,
     # It goes on from where it was, with the mask token that it has.
     again, _ = ran(from_directory(quick, directory / "model", DLM, f"output_dir={tmp_path / 'again'}"))
     assert diffusion_of(load_model(again / "model").config) == diffusion_of(load_model(directory / "model").config)
+
+
+@pytest.fixture
+def diffusing(tmp_path):
+    """A float diffusion model, untrained."""
+    model, tokenizer, directory = tiny_llama(hidden=64, ffn=128), tiny_tokenizer(), tmp_path / "diffusing"
+    add_mask_token(model, tokenizer, block_size=8, token_shift=True)
+    save_master(model, directory, tokenizer)
+    return directory
+
+
+def test_a_diffusion_model_goes_on_with_an_autoregressive_teacher(quick, pretrained, diffusing):
+    _, lines = ran(from_directory(quick, diffusing, TCS, f"teacher.model={pretrained}", "training.max_steps=2"))
+    assert all(line["objective/tcs/scores"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("objectives", ["objectives={ce: {}}", "objectives={ce: {}, dlm: {weight: 0}}"])
+def test_a_diffusion_model_is_not_trained_as_an_autoregressive_one(quick, diffusing, objectives, capsys):
+    assert main(from_directory(quick, diffusing, objectives)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "is a diffusion model, and the objectives train an autoregressive one" in error
+
+
+def test_a_diffusion_model_is_no_teacher(quick, diffusing, capsys):
+    assert main(from_directory(quick, diffusing, TCS, f"teacher.model={diffusing}")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "is a diffusion model, and a teacher is run autoregressively" in error
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,17 @@ def test_tokenizers_that_differ_are_refused_with_the_reason():
         check_tokenizer(tiny_tokenizer(512), other, "other")
 
 
+def test_the_students_own_mask_token_is_no_difference_and_any_other_token_is():
+    masked, other = tiny_tokenizer(512), tiny_tokenizer(512)
+    masked.add_special_tokens({"mask_token": "<|mask|>"})
+    check_tokenizer(masked, tiny_tokenizer(512), "the original")
+    other.add_special_tokens({"mask_token": "<|other|>"})
+    with pytest.raises(UserError, match="it has 512 tokens, the model's 513"):
+        check_tokenizer(other, tiny_tokenizer(512), "the original")
+    with pytest.raises(UserError, match="it has 513 tokens, the model's 512"):
+        check_tokenizer(tiny_tokenizer(512), masked, "a diffusion model")
+
+
 class Server:
     """A server that answers as vLLM or SGLang do, with a tiny model's distributions, on a real socket."""
 

@@ -24,6 +24,7 @@ from bitnet_arch import (
     save_master,
 )
 from bitnet_arch.calibration import max_positions
+from bitnet_arch.diffusion import diffusion_of
 from bitnet_arch.modeling import TernaryForm, form_of
 from data_handler import DataConfig, PackedStream, documents, is_heldout, restore_tokenizer, train_tokenizer
 from torch import Tensor
@@ -86,6 +87,7 @@ def build_start(config: RunConfig, saved_tokenizer: str | None = None) -> Start:
         raise UserError(
             f"data.sequence_length={config.data.sequence_length} is longer than the model's context of {context}: lower it"
         )
+    _check_likelihood(config, source.path)
     if form == "master":
         _check_master(config.model, source.path)
         return Start(load_model(source.path), tokenizer, source.note, source.provenance, None)
@@ -192,6 +194,15 @@ def calibration_rows(
                 break
         if ids:
             yield torch.tensor([ids[:length]], dtype=torch.int64)
+
+
+def _check_likelihood(config: RunConfig, directory: Path) -> None:
+    """Refuse a diffusion model where nothing trains it as one: it would be run causally, which it is not."""
+    if config.diffusion is None and diffusion_of(load_config(directory)) is not None:
+        raise UserError(
+            f"{directory} is a diffusion model, and the objectives train an autoregressive one: give the objective dlm or tcs a "
+            "weight, or name the model that it was made from as model.pretrained"
+        )
 
 
 def _check_master(model: ModelConfig, directory: Path) -> None:

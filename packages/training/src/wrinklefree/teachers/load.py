@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import torch
-from bitnet_arch import Pretrained, UserError, load_model, load_tokenizer, resolve_pretrained
+from bitnet_arch import Pretrained, UserError, load_config, load_model, load_tokenizer, resolve_pretrained
+from bitnet_arch.diffusion import MASK_TOKEN, diffusion_of
 from transformers import PreTrainedTokenizerFast
 
 from wrinklefree.teachers.base import Teacher
@@ -73,6 +74,11 @@ def _local(config: TeacherConfig, original: Path | None, note: str, tokenizer: P
     else:
         source = resolve_pretrained(config.model)
         check_tokenizer(tokenizer, load_tokenizer(source.path), config.model)
+    if diffusion_of(load_config(source.path)) is not None:
+        raise UserError(
+            f"the teacher {source.path} is a diffusion model, and a teacher is run autoregressively: name the model that it was "
+            "made from as teacher.model"
+        )
     model = load_model(source.path, DTYPES[config.dtype], quantized=False)
     return LocalTeacher(model, source.note, device=config.device, offload=config.offload, compiled=config.compiled)
 
@@ -80,10 +86,14 @@ def _local(config: TeacherConfig, original: Path | None, note: str, tokenizer: P
 def check_tokenizer(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast, name: str) -> None:
     """Refuse a teacher that reads text as other tokens.
 
+    The mask token of a student that diffuses is in no text, and a teacher need not know it.
+
     Raises:
         UserError: saying what differs.
     """
     mine, theirs = student.get_vocab(), teacher.get_vocab()
+    if student.mask_token == MASK_TOKEN and MASK_TOKEN not in theirs:
+        del mine[MASK_TOKEN]
     reason = None
     if len(mine) != len(theirs):
         reason = f"it has {len(theirs)} tokens, the model's {len(mine)}"
