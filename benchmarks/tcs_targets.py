@@ -127,7 +127,7 @@ def train_student(teacher: PreTrainedModel, truth: Truth, seed: int, estimator: 
             loss = diffusion_step(student, rows, HOW)["dlm"]
         else:
             top = {} if estimator == "exact" else {"top_k": TOP}
-            loss = tcs_step(student, teacher, rows, TCSSettings(diffusion=HOW, estimator=estimator, **top))["tcs"]
+            loss = tcs_step(student, teacher, rows, TCSSettings(diffusion=HOW, estimator=estimator, **top), plain=False)["tcs"]
         optimizer.zero_grad()
         (loss / (16 * (LENGTH - 1))).backward()
         for group in optimizer.param_groups:

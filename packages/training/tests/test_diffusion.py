@@ -242,14 +242,25 @@ def test_a_single_view_without_weights_counts_what_it_masks():
     assert int(scored_count(batch, how)) == int(make_views(batch, how).masked.sum()) < 48
 
 
-def test_chunked_losses_are_the_textbooks_with_the_same_gradients():
+def test_pieces_shrink_as_the_vocabulary_grows():
+    model, sizes = made("llama"), []
+    width = model.config.vocab_size
+    model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
+    hidden, targets = torch.randn(9, 64), torch.arange(9)
+    for elements, rows in ((4 * width, [4, 4, 1]), (width - 1, [1] * 9), (1 << 23, [9])):
+        sizes.clear()
+        token_nll(model, hidden, targets, MASK, elements=elements)
+        assert sizes == [n * width for n in rows]
+
+
+def test_losses_of_pieces_are_the_textbooks_with_the_same_gradients():
     model = made("gemma3")
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(7, 64, generator=generator, requires_grad=True)
     targets = torch.randint(0, MASK, (7,), generator=generator)
     log_p = model.lm_head(hidden).index_fill(1, torch.tensor(MASK), -torch.inf).log_softmax(1)
     expected = F.nll_loss(log_p, targets, reduction="none")
-    found = token_nll(model, hidden, targets, MASK, chunk=3)
+    found = token_nll(model, hidden, targets, MASK, elements=3 * model.config.vocab_size)
     torch.testing.assert_close(found, expected)
     wanted = torch.autograd.grad(expected.sum(), [hidden, model.lm_head.weight], retain_graph=True)
     for a, b in zip(torch.autograd.grad(found.sum(), [hidden, model.lm_head.weight]), wanted, strict=True):
@@ -261,7 +272,7 @@ def test_chunked_losses_are_the_textbooks_with_the_same_gradients():
     tail = q.scatter(1, ids, -torch.inf).logsumexp(1)
     p_tail = log_p.scatter(1, ids, -torch.inf).logsumexp(1)
     expected = (head.exp() * (head - log_p.gather(1, ids))).sum(1) + tail.exp() * (tail - p_tail)
-    found = support_kl(model, hidden, ids, head, tail, MASK, chunk=2)
+    found = support_kl(model, hidden, ids, head, tail, MASK, elements=2 * model.config.vocab_size)
     torch.testing.assert_close(found, expected)
     wanted = torch.autograd.grad(expected.sum(), [hidden, model.lm_head.weight], retain_graph=True)
     for a, b in zip(torch.autograd.grad(found.sum(), [hidden, model.lm_head.weight]), wanted, strict=True):

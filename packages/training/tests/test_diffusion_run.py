@@ -162,6 +162,7 @@ def test_a_diffusion_model_is_no_teacher(quick, diffusing, capsys):
         (["objectives={tcs: {hard: 1.0}}"], "must lie in [0, 1)"),
         (["objectives={tcs: {top_k: 512}}"], "lower it"),
         (["objectives={tcs: {estimator: causal, window: 2}}"], "no effect"),
+        (["objectives={tcs: {estimator: exact, top_k: 2}}"], "top_k has no effect with estimator=exact"),
         (["objectives={tcs: {}}", "teacher.compiled=true"], "teacher.compiled serves distributions alone"),
     ],
     ids=str,

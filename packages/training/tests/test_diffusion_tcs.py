@@ -12,6 +12,8 @@ from wrinklefree.diffusion.mask import block_ends, block_numbers
 from wrinklefree.diffusion.tcs import Teacher, causal_target, exact_target, gradient_target, topk_target
 from wrinklefree.diffusion.tcs_step import check_teacher, make_target
 from wrinklefree.diffusion.views import make_views
+from wrinklefree.objectives.diffusion import TargetScores
+from wrinklefree.teachers.base import Lesson, Shape
 
 VOCABULARY = 10
 SHAPE = SMALL_SHAPE | {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48}
@@ -186,7 +188,8 @@ def test_targets_are_distributions_with_the_token_among_them():
 
 def how(**changes):
     diffusion = DiffusionSettings(mask_token_id=VOCABULARY, **METHODS["fast_dllm_v2"] | {"block_size": 4})
-    return TCSSettings(diffusion=diffusion, **{"top_k": 4} | changes)
+    top = {} if changes.get("estimator") == "exact" else {"top_k": 4}
+    return TCSSettings(diffusion=diffusion, **top | changes)
 
 
 def student_of(seed=1):
@@ -230,6 +233,39 @@ def test_rows_without_labels_add_nothing():
     assert all(float(loss.detach()) == 0.0 for loss in losses.values())
     sum(losses.values()).backward()
     assert all(p.grad is None or not p.grad.any() for p in student.parameters())
+    assert student.lm_head.weight.grad is not None  # processes with such rows wait for it too
+
+
+def taught(hard):
+    student = student_of()
+    student.config.diffusion = {"mask_token_id": VOCABULARY, "block_size": 4, "token_shift": True}
+    objective = TargetScores(block_size=4, top_k=4, hard=hard)
+    rows = []
+    hook = student.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    found = objective.own_losses(student, Lesson(model=teacher_of()), packed(3), (Shape.of(student), None))
+    hook.remove()
+    return student, found, sum(rows)
+
+
+def test_hard_is_the_share_of_the_cross_entropy():
+    student, found, _ = taught(0.25)
+    losses = tcs_step(student, teacher_of(), packed(3), how())
+    assert losses["tcs"].item() < 0.9 * losses["dlm"].item()  # they can be told apart
+    torch.testing.assert_close(found["scores"], 0.75 * losses["tcs"])
+    torch.testing.assert_close(found["tokens"], 0.25 * losses["dlm"])
+    weight = student.model.layers[0].mlp.up_proj.weight
+    sums = (sum(found.values()), losses["tcs"], losses["dlm"])
+    mixed, scores, tokens = (torch.autograd.grad(x, weight, retain_graph=True)[0] for x in sums)
+    torch.testing.assert_close(mixed, 0.75 * scores + 0.25 * tokens, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(mixed, 0.25 * scores + 0.75 * tokens, rtol=1e-2)
+
+
+def test_without_hard_the_cross_entropy_is_not_computed():
+    _, alone, once = taught(0.0)
+    _, both, twice = taught(0.5)
+    assert twice == 2 * once
+    assert set(alone) == {""}
+    torch.testing.assert_close(alone[""], 2 * both["scores"])
 
 
 def train_student(teacher, estimator, steps=60, shuffled=False):
@@ -271,6 +307,7 @@ def test_training_towards_the_targets_brings_the_student_to_the_teacher_and_a_sh
         ({"estimator": "magic"}, "choose exact, topk, gradient, causal"),
         ({"top_k": 1}, "at least 2"),
         ({"estimator": "causal", "window": 3}, "no effect"),
+        ({"estimator": "exact", "top_k": 4}, "top_k has no effect"),
         ({"window": 0}, "at least 1"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -1,6 +1,6 @@
-"""Losses of chosen positions, from what the head reads, a chunk of positions at a time.
+"""Losses of chosen positions, from what the head reads, a piece of positions at a time.
 
-No `[tokens, vocabulary]` tensor outlives its chunk: the backward pass computes a chunk's logits again.
+No `[tokens, vocabulary]` tensor outlives its piece: the backward pass computes a piece's logits again.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-CHUNK = 1024
+from wrinklefree.losses.pieces import PIECE_ELEMENTS, piece_rows
 
 
 def log_probabilities(model: PreTrainedModel, hidden: Tensor, forbidden: int | None) -> Tensor:
@@ -22,7 +22,9 @@ def log_probabilities(model: PreTrainedModel, hidden: Tensor, forbidden: int | N
     return logits.log_softmax(-1)
 
 
-def token_nll(model: PreTrainedModel, hidden: Tensor, targets: Tensor, forbidden: int | None = None, chunk: int = CHUNK) -> Tensor:
+def token_nll(
+    model: PreTrainedModel, hidden: Tensor, targets: Tensor, forbidden: int | None = None, elements: int = PIECE_ELEMENTS
+) -> Tensor:
     """Return each position's negative log-likelihood, float32 `[N]` in nats.
 
     Args:
@@ -30,13 +32,13 @@ def token_nll(model: PreTrainedModel, hidden: Tensor, targets: Tensor, forbidden
         hidden: `[N, hidden]`.
         targets: int64 `[N]`.
         forbidden: a token that is never predicted: the mask (MDLM's zero masking probability).
-        chunk: positions at once.
+        elements: of a piece's logits.
     """
 
     def part(h: Tensor, y: Tensor) -> Tensor:
         return -log_probabilities(model, h, forbidden).gather(1, y[:, None])[:, 0]
 
-    return _in_chunks(part, hidden, targets, chunk=chunk)
+    return _in_pieces(part, piece_rows(len(hidden), model.config.vocab_size, elements), hidden, targets)
 
 
 def support_kl(
@@ -46,7 +48,7 @@ def support_kl(
     log_target: Tensor,
     log_tail: Tensor,
     forbidden: int | None = None,
-    chunk: int = CHUNK,
+    elements: int = PIECE_ELEMENTS,
 ) -> Tensor:
     """Return KL(target || model) of each position, float32 `[N]` in nats, over K tokens and one bucket of all others.
 
@@ -60,7 +62,7 @@ def support_kl(
         log_target: their log-probabilities, float32 `[N, K]`.
         log_tail: that of all others together, float32 `[N]`; -inf where there is none.
         forbidden: a token that the model never predicts.
-        chunk: positions at once.
+        elements: of a piece's logits.
     """
 
     def part(h: Tensor, tokens: Tensor, target: Tensor, tail: Tensor) -> Tensor:
@@ -70,7 +72,8 @@ def support_kl(
             return divergence
         return divergence + _term(tail, log_p.scatter(1, tokens, -torch.inf).logsumexp(1))
 
-    return _in_chunks(part, hidden, ids, log_target, log_tail, chunk=chunk)
+    pieces = piece_rows(len(hidden), model.config.vocab_size, elements)
+    return _in_pieces(part, pieces, hidden, ids, log_target, log_tail)
 
 
 def _term(log_target: Tensor, log_p: Tensor) -> Tensor:
@@ -80,7 +83,9 @@ def _term(log_target: Tensor, log_p: Tensor) -> Tensor:
     return torch.where(present, safe.exp() * (safe - log_p.masked_fill(~present, 0.0)), torch.zeros_like(log_p))
 
 
-def _in_chunks(part: Callable[..., Tensor], *tensors: Tensor, chunk: int) -> Tensor:
+def _in_pieces(part: Callable[..., Tensor], pieces: list[slice], *tensors: Tensor) -> Tensor:
     """Apply `part` to rows of tensors, recomputing it in the backward pass, and join what it returns."""
-    pieces = zip(*(tensor.split(chunk) for tensor in tensors), strict=True)
-    return torch.cat([checkpoint(part, *piece, use_reentrant=False) for piece in pieces])
+    # Without rows there is one piece of none: the head is in the graph, so that all processes have a gradient of it.
+    size = pieces[0].stop if pieces else 1
+    rows = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    return torch.cat([checkpoint(part, *row, use_reentrant=False) for row in rows])

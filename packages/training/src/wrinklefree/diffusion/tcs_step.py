@@ -23,7 +23,7 @@ class TCSSettings:
     Attributes:
         diffusion: how the student is trained.
         estimator: "topk", "gradient", "causal" (biased: a baseline) or "exact" (V forwards a token: for tests).
-        top_k: K, tokens of a target; of no effect with "exact".
+        top_k: K, tokens of a target; None takes 8. "exact" has a target of all tokens.
         window: W of "topk": how many tokens after i score a candidate; None for all to the end of the block.
 
     Raises:
@@ -32,18 +32,25 @@ class TCSSettings:
 
     diffusion: DiffusionSettings
     estimator: str = "topk"
-    top_k: int = 8
+    top_k: int | None = None
     window: int | None = None
 
     def __post_init__(self) -> None:
         if self.estimator not in ESTIMATORS:
             raise UserError(f"unknown estimator {self.estimator!r}: choose {', '.join(ESTIMATORS)}")
-        if self.top_k < 2:
+        if self.top_k is not None and self.estimator == "exact":
+            raise UserError("top_k has no effect with estimator=exact, whose targets are of all tokens: leave it out")
+        if self.k < 2:
             raise UserError(f"top_k is {self.top_k}: a target needs at least 2 tokens")
         if self.window is not None and self.estimator != "topk":
             raise UserError(f"window has no effect with estimator={self.estimator}: leave it out")
         if self.window is not None and self.window < 1:
             raise UserError(f"window is {self.window}: give at least 1, or leave it out for the whole block")
+
+    @property
+    def k(self) -> int:
+        """K."""
+        return 8 if self.top_k is None else self.top_k
 
 
 def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, settings: TCSSettings) -> None:
@@ -57,8 +64,8 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, settings: 
         raise UserError(
             f"the teacher has {theirs} tokens and the student {ours}, the mask token being number {mask}: they need one tokenizer"
         )
-    if settings.estimator != "exact" and settings.top_k > theirs - (mask < theirs):
-        raise UserError(f"top_k is {settings.top_k}, and the teacher has {theirs} tokens: lower it")
+    if settings.estimator != "exact" and settings.k > theirs - (mask < theirs):
+        raise UserError(f"top_k is {settings.k}, and the teacher has {theirs} tokens: lower it")
 
 
 def make_target(teacher: PreTrainedModel, batch: Batch, views: Views, settings: TCSSettings) -> Target:
@@ -73,23 +80,26 @@ def make_target(teacher: PreTrainedModel, batch: Batch, views: Views, settings: 
     read = {name: batch[name].to(there) for name in ("input_ids", "position_ids", "document_ids")}
     with constant_weights(teacher), torch.autocast(there.type, enabled=False):
         look = Teacher(teacher, read, wanted.to(there), ends.to(there), settings.diffusion.mask_token_id)
-        target = ESTIMATORS[settings.estimator](look, settings.top_k, settings.window)
+        target = ESTIMATORS[settings.estimator](look, settings.k, settings.window)
     place = wanted.flatten().long().cumsum(0) - 1
     chosen = torch.cat([place[mask.flatten()] for mask in masks])
     return Target(target.ids.to(here)[chosen], target.log_q.to(here)[chosen], target.log_tail.to(here)[chosen])
 
 
-def tcs_step(model: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, settings: TCSSettings) -> dict[str, Tensor]:
+def tcs_step(
+    model: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, settings: TCSSettings, plain: bool = True
+) -> dict[str, Tensor]:
     """Return the losses of a batch by name, float32 scalars, summed over what `scored_count` counts, in nats.
 
     "dlm" is the loss of `diffusion_step`, "tcs" the mean divergence KL(teacher || student) of the same tokens with the same
-    weights. A run mixes them: (1 - ρ)·dlm + ρ·tcs.
+    weights. A run mixes them: (1 - hard)·tcs + hard·dlm.
 
     Args:
         model: the student.
         teacher: frozen, in evaluation mode, of the same tokenizer.
         batch: as in `diffusion_step`.
         settings: how.
+        plain: compute "dlm" too.
 
     Raises:
         UserError: for rows that the student cannot be trained on, or a teacher of another vocabulary.
@@ -99,11 +109,13 @@ def tcs_step(model: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, set
     views = make_views(batch, how)
     check_masked(batch, views, how)
     states = masked_states(view_states(model, batch, views, how), views, how)
-    if not len(states):  # rows of padding, or without labels
-        return {"dlm": states.sum(), "tcs": states.sum()}
-    target = make_target(teacher, batch, views, settings)
     weights = views.weights[views.masked]
-    own = batch["input_ids"].repeat(views.count, 1)[views.masked]
-    nll = token_nll(model, states, own, how.mask_token_id)
+    losses = {}
+    if plain or not len(states):
+        own = batch["input_ids"].repeat(views.count, 1)[views.masked]
+        losses["dlm"] = (token_nll(model, states, own, how.mask_token_id) * weights).sum()
+    if not len(states):  # rows of padding, or without labels: nothing to ask the teacher
+        return losses | {"tcs": losses["dlm"]}
+    target = make_target(teacher, batch, views, settings)
     divergence = support_kl(model, states, target.ids, target.log_q, target.log_tail, how.mask_token_id)
-    return {"dlm": (nll * weights).sum(), "tcs": (divergence * weights).sum()}
+    return losses | {"tcs": (divergence * weights).sum()}

@@ -82,17 +82,17 @@ class MaskedDiffusion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetScores(MaskedDiffusion):
-    """Target Concrete Score distillation: (1 - ρ) · KL(teacher || student) + ρ · cross-entropy of masked tokens.
+    """Target Concrete Score distillation: (1 - hard) · KL(teacher || student) + hard · cross-entropy of masked tokens.
 
     Attributes:
         estimator: how the teacher's distribution of a token, given all others of its block, is found; "causal" is biased.
-        top_k: tokens of that distribution.
+        top_k: tokens of that distribution; None takes 8. "exact" has all.
         window: of "topk", how many tokens after it score a candidate; None for all to the block's end.
-        hard: ρ, the share of the cross-entropy.
+        hard: the share of the cross-entropy.
     """
 
     estimator: Literal["topk", "gradient", "causal", "exact"] = "topk"
-    top_k: int = 8
+    top_k: int | None = None
     window: int | None = None
     hard: float = 0.0
 
@@ -122,8 +122,9 @@ class TargetScores(MaskedDiffusion):
             f"the teacher has {teacher.vocabulary} tokens and the model {student.vocabulary}: they need one tokenizer, so choose a "
             "teacher of the model's own family",
         )
-        few = f"top_k is {self.top_k}, and the teacher has {teacher.vocabulary} tokens: lower it"
-        require(self.estimator == "exact" or self.top_k < teacher.vocabulary, few)
+        k = self.how(0).k
+        few = f"top_k is {k}, and the teacher has {teacher.vocabulary} tokens: lower it"
+        require(self.estimator == "exact" or k < teacher.vocabulary, few)
 
     def teacher_needs(self, student: Shape, teacher: Shape | None) -> Needs:
         """Return the teacher itself."""
@@ -135,7 +136,7 @@ class TargetScores(MaskedDiffusion):
         """Return both terms with their shares."""
         assert lesson is not None
         assert lesson.model is not None
-        found = tcs_step(model, lesson.model, batch, self.how(_mask_of(model)))
+        found = tcs_step(model, lesson.model, batch, self.how(_mask_of(model)), plain=self.hard > 0)
         scores = (1 - self.hard) * found["tcs"]
         return {"scores": scores, "tokens": self.hard * found["dlm"]} if self.hard else {"": scores}
 
