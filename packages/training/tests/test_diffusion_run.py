@@ -55,13 +55,27 @@ def test_the_presets_run_on_the_tiny_model(preset, overrides, capsys):
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert ("made on the spot in 3 steps" in capsys.readouterr().err) == (preset == "tcs_distill")
     summary = json.loads((directory / "summary.json").read_text())
-    assert summary["likelihood"].startswith("bounded")
+    assert summary["likelihood"].startswith("estimated: a block's first token")
     assert summary["gguf"]["status"] == "unproven"
     model, tokenizer = load_model(directory / "model"), load_tokenizer(directory / "model")
     form = diffusion_of(model.config)
     assert (form.block_size, form.token_shift, form.mask_token_id) == (32, True, tokenizer.mask_token_id)
     ids = torch.tensor(tokenizer("the model").input_ids)
     assert len(decode(model, ids, DecodeOptions(max_tokens=5)).tokens) == 5
+
+
+@pytest.mark.parametrize(
+    ("method", "word", "said"),
+    [
+        ("bd3lm", "bounded", "(an upper bound)"),
+        ("mdlm", "bounded", "(an upper bound)"),
+        ("fast_dllm_v2", "estimated", "(an estimate)"),
+    ],
+)
+def test_a_shifted_models_perplexity_is_called_an_estimate_and_others_a_bound(quick, method, word, said, capsys):
+    directory, _ = ran(quick, f"objectives={{dlm: {{method: {method}}}}}", "training.max_steps=1")
+    assert json.loads((directory / "summary.json").read_text())["likelihood"].startswith(word)
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("objectives", [DLM, TCS], ids=["dlm", "tcs"])

@@ -183,9 +183,9 @@ def _train(config: RunConfig) -> int:
 def _report(config: RunConfig, summary: dict[str, Any]) -> None:
     directory = Path(config.output_dir)
     ternary, fp = summary["ppl_ternary"], summary["ppl_fp"]
-    bound = "" if summary["likelihood"] == "exact" else " (an upper bound)"
+    known = {"exact": "", "bounded": " (an upper bound)", "estimated": " (an estimate)"}[summary["likelihood"].partition(":")[0]]
     print(
-        f"\nheld-out perplexity: ternary {ternary:.2f}{bound}" if ternary else "\nheld-out perplexity: ternary overflowed", end=""
+        f"\nheld-out perplexity: ternary {ternary:.2f}{known}" if ternary else "\nheld-out perplexity: ternary overflowed", end=""
     )
     print(f", unquantised {fp:.2f} ({summary['fp']})" if fp else "")
     print(f"sample: {summary['sample']!r}")

@@ -35,7 +35,7 @@ def in_batches(rows: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 def heldout_loss(model: PreTrainedModel, stream: PackedStream) -> float:
     """Return the mean negative log-likelihood (nats a token) on a held-out stream, in the model's current lambda.
 
-    Of a diffusion model, an estimate of its upper bound (`wrinklefree.diffusion.diffusion_bound`), with the same masks every time.
+    Of a diffusion model, what `wrinklefree.diffusion.diffusion_bound` measures, with the same masks every time.
     """
     form = diffusion_of(model.config)
     if form is not None:

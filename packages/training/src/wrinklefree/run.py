@@ -17,6 +17,7 @@ from bitnet_arch.directories import check_replaceable
 from bitnet_arch.pretrained import Pretrained
 from data_handler import PackedStream
 from pytorch_lightning.loggers import Logger, WandbLogger
+from transformers import PreTrainedModel
 
 from wrinklefree.arm import ArmResult, train_arm
 from wrinklefree.artifacts import export, finite, plot_losses, sample
@@ -109,7 +110,7 @@ def _finish(
         "model": config.model.name,
         "source": start.note,
         "teacher": None if teacher is None else teacher.note,
-        "likelihood": "exact" if diffusion_of(ternary.model.config) is None else "bounded: perplexity is at most that",
+        "likelihood": _likelihood(ternary.model),
         "ppl_ternary": finite(perplexity(ternary.heldout_loss)),
         "ppl_fp": None if loss_fp is None else finite(perplexity(loss_fp)),
         "fp": compared,
@@ -121,6 +122,18 @@ def _finish(
     }
     write_json(directory / "summary.json", summary)
     return summary
+
+
+def _likelihood(model: PreTrainedModel) -> str:
+    """Return what the held-out loss is to the negative log-likelihood."""
+    form = diffusion_of(model.config)
+    if form is None:
+        return "exact"
+    if form.token_shift and form.block_size is not None:
+        return (
+            "estimated: a block's first token is read from the noisy block before it, and decoding reads it from the finished one"
+        )
+    return "bounded: perplexity is at most that"
 
 
 def _teacher(config: RunConfig, start: Start) -> Teacher | None:

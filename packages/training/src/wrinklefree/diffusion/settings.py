@@ -20,7 +20,8 @@ class DiffusionSettings:
         complementary: train on two views of every row, the second masking exactly what the first leaves, so that every token is
             predicted once.
         weighting: "inverse" divides a masked token's loss by its probability of being masked, which makes the sum an upper bound of
-            the negative log-likelihood (MDLM, arXiv 2406.07524, eq. 10); "none" takes the plain mean (Fast-dLLM v2).
+            the negative log-likelihood (MDLM, arXiv 2406.07524, eq. 10; but see `diffusion_bound` on token shift); "none" takes the
+            plain mean (Fast-dLLM v2).
         seed: of masks and noise levels, with a row's sample index.
         epsilon: smallest probability of being masked; 1 masks every token.
 

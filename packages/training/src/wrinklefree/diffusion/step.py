@@ -98,8 +98,9 @@ def scored_count(batch: Batch, settings: DiffusionSettings) -> Tensor:
 def diffusion_bound(model: PreTrainedModel, batches: Iterable[Batch], settings: DiffusionSettings, draws: int = 1) -> float:
     """Return an estimate of the upper bound of the negative log-likelihood, nats a token (NELBO; MDLM eq. 10, BD3-LM eq. 8).
 
-    A bound: not to be compared with the likelihood of an autoregressive model. The same masks every time, of seeds that training
-    does not use.
+    Not to be compared with the likelihood of an autoregressive model. With token shift and blocks it is no bound on what decoding
+    draws from, but an estimate: a block's first token is read from the noisy block before it, and decoding reads it from the
+    finished one. The same masks every time, of seeds that training does not use.
 
     Args:
         model: measured in evaluation mode, in its current lambda.
