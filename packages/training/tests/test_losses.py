@@ -128,17 +128,35 @@ def test_top_k_with_its_bucket_bounds_the_divergence_and_reaches_it(direction):
     torch.testing.assert_close(values[-1], whole, rtol=1e-4, atol=1e-5)
     assert (values[0] < whole - 0.01).any()
     # Without the bucket, mass outside the k tokens would cost nothing: with it, the gradient takes it away.
-    log_p, tokens = top_log_probabilities(teacher, 5, tau)
-    gradient = torch.autograd.grad(top_k_divergence(student, log_p, tokens, tau, direction).sum(), student)[0]
+    log_p, tokens, rest = top_log_probabilities(teacher, 5, tau)
+    gradient = torch.autograd.grad(top_k_divergence(student, log_p, tokens, rest, tau, direction).sum(), student)[0]
     assert gradient.isfinite().all()
     outside = torch.ones(7, 30, dtype=torch.bool).scatter_(1, tokens, False)
     assert gradient[outside].abs().min() > 0
 
 
+def test_a_sure_teacher_has_the_divergence_of_its_tail():
+    student, teacher = torch.zeros(1, 50), torch.zeros(1, 50)
+    teacher[0, 7] = 22.0  # leaves 1.4e-8 for all others, of which 1 minus its probability knows nothing in float32
+    whole = kl_divergence(student, teacher, direction="reverse")
+    log_p, tokens, rest = top_log_probabilities(teacher, 4)
+    # The tail is even in both, so that the bucket loses nothing.
+    torch.testing.assert_close(top_k_divergence(student, log_p, tokens, rest, direction="reverse"), whole)
+    # What is left of 1 is known down to the type's epsilon and counted as at least that.
+    unsummed = top_k_divergence(student, log_p, tokens, direction="reverse")
+    assert whole - 46 / 50 * (22 - 15.9) - 1e-3 < unsummed < whole
+    # Control: a teacher that leaves more needs no sum over the tail.
+    teacher[0, 7] = 3.0
+    log_p, tokens, rest = top_log_probabilities(teacher, 4)
+    expected = kl_divergence(student, teacher, direction="reverse")
+    for known in (rest, None):
+        torch.testing.assert_close(top_k_divergence(student, log_p, tokens, known, direction="reverse"), expected)
+
+
 def test_absent_tokens_of_a_short_row_count_nothing():
     torch.manual_seed(0)
     student, teacher = torch.randn(3, 12), torch.randn(3, 12)
-    log_p, tokens = top_log_probabilities(teacher, 4)
+    log_p, tokens, _ = top_log_probabilities(teacher, 4)
     padded = torch.cat([log_p, torch.full((3, 2), -torch.inf)], 1), torch.cat([tokens, tokens[:, :1].expand(3, 2)], 1)
     torch.testing.assert_close(top_k_divergence(student, *padded), top_k_divergence(student, log_p, tokens))
 

@@ -62,8 +62,8 @@ def test_pieces_alone_are_answered_as_in_their_rows():
     data, model = batch(), llama()
     lesson = TopTeacher(counting(), K).lesson(data, Needs(logits=True))
     positions = (data["document_ids"].flatten() > 0).nonzero()[:, 0]
-    values, tokens = lesson.targets.top(positions, K, 2.0)
-    expected, chosen = top_log_probabilities(model_logits(model, data).flatten(0, 1)[positions], K, 2.0)
+    values, tokens, _ = lesson.targets.top(positions, K, 2.0)
+    expected, chosen, _ = top_log_probabilities(model_logits(model, data).flatten(0, 1)[positions], K, 2.0)
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)
     assert (tokens == chosen).float().mean() > 0.98
 
@@ -80,7 +80,7 @@ def test_a_second_epoch_in_another_order_runs_no_teacher_and_gets_the_same_bits(
     after = teacher.lesson(batch((2, 0, 1)), Needs(logits=True)).targets.top(torch.arange(36), K, 2.0)
     assert again.asked == 0
     rows = torch.tensor([2, 0, 1])
-    for a, b in zip(before, after, strict=True):
+    for a, b in zip(before[:2], after[:2], strict=True):
         assert torch.equal(a.view(3, 12, K)[rows], b.view(3, 12, K))
     # Control: what is not in it is asked for.
     other = batch() | {"input_ids": batch()["input_ids"] + 0}
@@ -217,10 +217,10 @@ def test_a_server_teaches_what_its_model_would_here(serve, dialect):
     remote = TopTeacher(source(server, key="secret"), K).lesson(data, Needs(logits=True)).targets
     local = TopTeacher(LocalSource(LocalTeacher(llama(), "tiny"), K, 1.0), K).lesson(data, Needs(logits=True)).targets
     positions = torch.tensor([0, 1, 2, 3, 5, 6, 7, 12, 13])  # all but the last of a document
-    (values, tokens), (expected, chosen) = (t.top(positions, K, 1.0) for t in (remote, local))
+    (values, tokens, _), (expected, chosen, _) = (t.top(positions, K, 1.0) for t in (remote, local))
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(tokens, chosen)
-    last, _ = remote.top(torch.tensor([4, 8]), K, 1.0)
+    last, *_ = remote.top(torch.tensor([4, 8]), K, 1.0)
     assert bool((last == -torch.inf).all())
     path, headers, _ = server.requests[-1]
     assert path == {"vllm": "/v1/completions", "sglang": "/generate"}[dialect]
@@ -295,12 +295,13 @@ def test_runs_with_a_cache_or_a_server_learn_what_a_local_teacher_teaches(run, s
     start, model, _ = run
     plain = start("plain")
     cached = start("cached", f"teacher.cache_dir={tmp_path / 'cache'}")
-    assert cached == pytest.approx(plain, rel=1e-3)
+    near = {"rel": 1e-3, "abs": 1e-7}  # the mass of all other tokens is summed there, and what is left of 1 here
+    assert cached == pytest.approx(plain, **near)
     monkeypatch.setattr(LocalSource, "tops", lambda *args: pytest.fail("the teacher was run"))
     assert start("again", f"teacher.cache_dir={tmp_path / 'cache'}") == cached
     server = serve("vllm", model)
     remote = start("remote", "teacher.kind=vllm", "teacher.model=tiny", f"teacher.url={server.url}")
-    assert remote == pytest.approx(plain, rel=1e-3)  # what follows a document's last token, of which it says nothing, is not scored
+    assert remote == pytest.approx(plain, **near)  # what follows a document's last token, of which it says nothing, is not scored
 
 
 @pytest.mark.parametrize(

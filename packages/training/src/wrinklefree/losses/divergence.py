@@ -1,5 +1,6 @@
 """Divergences between a teacher's and a student's distributions of the next token, row by row."""
 
+import math
 from typing import Literal
 
 import torch
@@ -39,15 +40,32 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, di
     return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
 
 
-def top_log_probabilities(teacher: Tensor, top_k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return the largest log-probabilities of each row at a temperature, float `[N, k]`, and their tokens, int64 `[N, k]`."""
+def top_log_probabilities(teacher: Tensor, top_k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the largest log-probabilities of each row at a temperature, and what is left for all other tokens.
+
+    Args:
+        teacher: logits, float `[N, V]`.
+        top_k: how many, at most V.
+        temperature: what logits are divided by.
+
+    Returns:
+        Log-probabilities, float `[N, k]`, largest first; their tokens, int64 `[N, k]`; and the logarithm of the mass of all
+        others, float `[N]`, summed over them: 1 minus the mass of k tokens has no digits left where a teacher is sure.
+    """
     scaled = teacher / temperature
     values, tokens = scaled.topk(top_k, dim=-1)
-    return values - scaled.logsumexp(-1, keepdim=True), tokens
+    normaliser = scaled.logsumexp(-1, keepdim=True)
+    rest = scaled.scatter(-1, tokens, -torch.inf).logsumexp(-1) - normaliser[:, 0]
+    return values - normaliser, tokens, rest
 
 
 def top_k_divergence(
-    student: Tensor, log_probabilities: Tensor, tokens: Tensor, temperature: float = 1.0, direction: Direction = "forward"
+    student: Tensor,
+    log_probabilities: Tensor,
+    tokens: Tensor,
+    rest: Tensor | None = None,
+    temperature: float = 1.0,
+    direction: Direction = "forward",
 ) -> Tensor:
     """Return each row's KL divergence over k tokens of the teacher's and one bucket for all others, in nats, float `[N]`.
 
@@ -58,6 +76,9 @@ def top_k_divergence(
         student: logits, float `[N, V]`.
         log_probabilities: the teacher's, at the same temperature, float `[N, k]`; -inf where a row has fewer tokens.
         tokens: int64 `[N, k]`, distinct in a row (any, where the log-probability is -inf).
+        rest: the logarithm of the teacher's mass of all other tokens, float `[N]`. None takes 1 minus the mass of the k, which
+            rounding makes unknown below the type's epsilon: "reverse" then counts at least that (float32: -15.9), and falls
+            short of the divergence of a teacher that leaves less.
         temperature: what the student's logits are divided by.
         direction: "forward" is KL(teacher || student).
     """
@@ -69,7 +90,12 @@ def top_k_divergence(
     inside = scaled.new_zeros(len(scaled), spare + 1, dtype=torch.bool)
     inside = inside.scatter_(-1, tokens.masked_fill(absent, spare), True)[:, :-1]
     rest_s = scaled.masked_fill(inside, -torch.inf).logsumexp(-1, keepdim=True) - normaliser
-    rest_t = torch.log1p(-log_probabilities.exp().sum(-1, keepdim=True).clamp(max=1.0))
+    if rest is None:
+        rest_t = torch.log1p(-log_probabilities.exp().sum(-1, keepdim=True).clamp(max=1.0))
+        if direction == "reverse":
+            rest_t = rest_t.clamp(min=math.log(torch.finfo(rest_t.dtype).eps))
+    else:
+        rest_t = rest[:, None]
     log_s = torch.cat([log_s.masked_fill(absent, -torch.inf), rest_s], dim=-1)
     log_t = torch.cat([log_probabilities, rest_t], dim=-1)
     if direction == "reverse":

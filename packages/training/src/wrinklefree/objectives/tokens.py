@@ -127,7 +127,7 @@ class LogitsDivergence:
         def loss(logits: Tensor, part: slice) -> Tensor:
             if self.top_k is None:
                 return scale * kl_divergence(logits, teacher.full(positions[part]), self.temperature, self.direction)
-            known, tokens = teacher.top(positions[part], self.top_k, self.temperature)
-            return scale * top_k_divergence(logits, known, tokens, self.temperature, self.direction)
+            top = teacher.top(positions[part], self.top_k, self.temperature)
+            return scale * top_k_divergence(logits, *top, self.temperature, self.direction)
 
         return loss

@@ -42,8 +42,11 @@ class Targets(Protocol):
         """Return logits at some positions (int64 `[n]`), float32 `[n, V]`."""
         ...
 
-    def top(self, positions: Tensor, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
-        """Return the k largest log-probabilities at a temperature, float32 `[n, k]`, and their tokens, int64 `[n, k]`."""
+    def top(self, positions: Tensor, top_k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the k largest log-probabilities at a temperature, float32 `[n, k]`, their tokens, int64 `[n, k]`, and the rest.
+
+        The rest is the logarithm of the mass of all other tokens, float32 `[n]`; None where nobody has summed it.
+        """
         ...
 
 

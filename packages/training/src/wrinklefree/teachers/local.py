@@ -86,8 +86,8 @@ class HeadTargets:
         with torch.autocast(rows.device.type, enabled=False):
             return self._head(rows).float().to(positions.device)
 
-    def top(self, positions: Tensor, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
-        """Return the k largest log-probabilities and their tokens."""
+    def top(self, positions: Tensor, top_k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the k largest log-probabilities, their tokens, and the logarithm of the mass of all others."""
         return top_log_probabilities(self.full(positions), top_k, temperature)
 
 

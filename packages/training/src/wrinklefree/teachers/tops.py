@@ -74,7 +74,7 @@ class LocalSource:
         assert self.teacher.shape is not None
         positions = real.flatten().nonzero()[:, 0]
         parts = [
-            top_log_probabilities(targets.full(positions[part]), self.top_k, self.temperature)
+            top_log_probabilities(targets.full(positions[part]), self.top_k, self.temperature)[:2]
             for part in piece_rows(len(positions), self.teacher.shape.vocabulary)
         ]
         values, tokens = (torch.cat(side) for side in zip(*parts, strict=True))
@@ -93,10 +93,13 @@ class TopTargets:
         """Refuse: whoever needs whole distributions must not be given this teacher."""
         raise AssertionError("a teacher known by its likeliest tokens has no whole distributions")
 
-    def top(self, positions: Tensor, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
-        """Return the k likeliest tokens at some positions; the temperature is the one they were asked for at."""
+    def top(self, positions: Tensor, top_k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the k likeliest tokens at some positions; the temperature is the one they were asked for at.
+
+        The mass of all others is kept nowhere, since a server does not say it: `top_k_divergence` takes what is left of 1.
+        """
         assert top_k <= self._tokens.shape[1]
-        return self._log_probabilities[positions, :top_k], self._tokens[positions, :top_k]
+        return self._log_probabilities[positions, :top_k], self._tokens[positions, :top_k], None
 
 
 class TopTeacher:
