@@ -228,6 +228,31 @@ def test_a_server_teaches_what_its_model_would_here(serve, dialect):
     assert len(server.requests) == 1 + 6
 
 
+@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+def test_another_model_under_the_same_name_has_another_digest(serve, dialect):
+    def sure(seed):
+        model = llama(seed)
+        model.model.norm.weight.data *= 20  # as it is, it holds every token for likely, whatever the seed
+        return model
+
+    server = serve(dialect, sure(0))
+    first = source(server).digest
+    assert source(serve(dialect, sure(0))).digest == first  # at another address
+    server.model = sure(1)
+    assert source(server).digest != first
+    # Control: the noise of another machine, some 1e-3 nats a token, makes no other model of it.
+    server.model = sure(0)
+    whole, noise = server.model.forward, torch.Generator().manual_seed(0)
+
+    def noisy(**inputs):
+        found = whole(**inputs)
+        found.logits = found.logits + 1e-3 * torch.randn(found.logits.shape, generator=noise)
+        return found
+
+    server.model.forward = noisy
+    assert source(server).digest == first
+
+
 def test_requests_go_out_together_and_are_repeated_where_they_fail(serve):
     server = serve()
     teacher = source(server)

@@ -78,8 +78,25 @@ DIALECTS = {
 }
 
 
+PROBE = (
+    "The quick brown fox jumps over 13 lazy dogs. Water boils at 100 degrees Celsius, and the capital of France is Paris. Once "
+    "upon a time there was a king who had three daughters; the youngest of them said: def add(a, b): return a + b"
+)
+"""What a server is asked first: long enough that the noise of single log-probabilities averages out."""
+PROBE_STEP = 0.02
+"""Nats to which the means over the probe are rounded: well above that noise, well below what tells models apart."""
+
+
 class RemoteSource:
-    """Asks a server, several pieces at a time, and again where it fails for a while."""
+    """Asks a server, several pieces at a time, and again where it fails for a while.
+
+    Attributes:
+        note: one line on what it is.
+        digest: of the name, the dialect, and the means over `PROBE` of the largest and the least log-probability of an answer, in
+            steps of `PROBE_STEP`, which another model under the same name hardly shares. A server's values differ a little from
+            machine to machine, and its likeliest tokens do where two are close: neither is in it by itself. Nor is the address,
+            since the same model may move.
+    """
 
     def __init__(
         self,
@@ -114,9 +131,9 @@ class RemoteSource:
         self.timeout, self.retries, self.concurrency, self._key = timeout, retries, concurrency, key
         self.pause = 0.5
         self.note = f"{model} at {self.url} ({dialect})"
-        self.digest = hashlib.sha256(f"{self.url} {model} {dialect}".encode()).hexdigest()[:16]
         self._vocabulary = len(tokenizer)
-        self._check_tokenizer(tokenizer)
+        means = self._probe(tokenizer)
+        self.digest = hashlib.sha256(f"{model} {dialect} {means}".encode()).hexdigest()[:16]
 
     def tops(self, pieces: Sequence[Tensor]) -> list[Top]:
         """Return the likeliest tokens that follow each position of some pieces; of what follows the last one, nothing is known.
@@ -187,11 +204,15 @@ class RemoteSource:
             "teacher.timeout_s or teacher.retries"
         )
 
-    def _check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Compare what the server calls some tokens with what they are here."""
-        ids = tokenizer("The quick brown fox jumps over 13 lazy dogs.", add_special_tokens=False).input_ids
+    def _probe(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+        """Compare what the server calls some tokens with what they are here; return what the digest is of, in `PROBE_STEP`s."""
+        ids = tokenizer(PROBE, add_special_tokens=False).input_ids
         differing = None
+        most, least = [], []
         for place in self._ask(ids)[1:]:
+            best = sorted((entry[0] for entry in place or []), reverse=True)[: self.top_k]
+            most += best[:1]
+            least += best[-1:]
             for _, token, text in place or []:
                 # A token that is no whole character has no text that could be compared.
                 mine = str(tokenizer.decode([token])) if token < len(tokenizer) else ""
@@ -203,6 +224,7 @@ class RemoteSource:
                 f"the teacher at {self.url} has another tokenizer than the model (token {token} is {text!r} there and {mine!r} "
                 "here), and their distributions are of different tokens: choose a teacher of the model's own family"
             )
+        return [round(sum(values) / max(1, len(values)) / PROBE_STEP) for values in (most, least)]
 
 
 def read_key(path: str | None) -> str | None:
