@@ -1,5 +1,6 @@
 """Objectives on tiny models: what each changes, its control, and that they share their forward passes."""
 
+import contextlib
 import copy
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from wrinklefree.module import model_logits
 from wrinklefree.objectives import Objectives, parse_objectives
+from wrinklefree.objectives.layerwise import Layerwise
 from wrinklefree.objectives.norms import gradient_norm
 from wrinklefree.teachers.base import Shape
 from wrinklefree.teachers.local import LocalTeacher
@@ -287,6 +289,20 @@ def test_blocks_that_read_the_teachers_states_feel_no_error_of_the_blocks_before
     assert found["teacher_forced"][0] == pytest.approx(found["free"][0], rel=1e-4)
     assert found["teacher_forced"][0] > 1.0
     assert max(found["teacher_forced"][1:]) < 1e-6 < 1e-2 < min(found["free"])
+
+
+@pytest.mark.parametrize("mode", ["free", "teacher_forced"])
+def test_the_states_of_a_teacher_on_another_device_are_brought_to_the_student(mode, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # which has no meta device
+    objective, model, data = Layerwise(mode=mode), llama(0), batch()
+    shape = Shape.of(model)
+    lesson = local(llama(1)).lesson(data, objective.teacher_needs(shape, shape))
+    model, data = model.to("meta"), {key: tensor.to("meta") for key, tensor in data.items()}
+    if mode == "free":
+        losses = objective.view_losses(forward_views(model, data, objective.student_needs(shape)), lesson, data, (shape, shape))
+    else:
+        losses = objective.own_losses(model, lesson, data, (shape, shape))
+    assert [loss.device.type for loss in losses.values()] == ["meta"] * 3
 
 
 def test_relations_take_what_attention_takes_and_leave_it_as_it_is():

@@ -16,12 +16,13 @@ from wrinklefree import artifacts
 from wrinklefree.callbacks import read_metrics
 from wrinklefree.cli import load_run_config, main
 from wrinklefree.losses.divergence import top_log_probabilities
+from wrinklefree.teachers import local
 from wrinklefree.teachers.cache import DiskCache
 from wrinklefree.teachers.load import check_tokenizer
-from wrinklefree.teachers.local import LocalTeacher
+from wrinklefree.teachers.local import LocalTeacher, _move_all_but
 from wrinklefree.teachers.remote import RemoteSource
 from wrinklefree.teachers.tops import LocalSource, TopTeacher, piece_spans
-from wrinklefree.views import Needs, model_logits
+from wrinklefree.views import Head, Needs, model_logits
 
 K = 5
 
@@ -68,6 +69,28 @@ def test_pieces_alone_are_answered_as_in_their_rows():
     assert (tokens == chosen).float().mean() > 0.98
 
 
+def test_pieces_are_asked_where_the_batch_is_and_found_in_main_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: self.clone())  # as of a batch on another device: a copy
+    asked, found = [], []
+
+    class Source(LocalSource):
+        def tops(self, pieces):
+            asked.extend(piece.untyped_storage().data_ptr() for piece in pieces)
+            return super().tops(pieces)
+
+    class Cache(DiskCache):
+        def get(self, piece):
+            found.append(piece.untyped_storage().data_ptr())
+            return super().get(piece)
+
+    data = batch()
+    TopTeacher(Source(LocalTeacher(llama(), "tiny"), K, 2.0), K, Cache(tmp_path, K)).lesson(data, Needs(logits=True))
+    own = data["input_ids"].untyped_storage().data_ptr()
+    assert len(asked) == len(found) == 6
+    assert set(asked) == {own}
+    assert own not in found
+
+
 def test_a_second_epoch_in_another_order_runs_no_teacher_and_gets_the_same_bits(tmp_path):
     first = counting()
     teacher = TopTeacher(first, K, DiskCache(tmp_path / "cache", K, shard_tokens=20))
@@ -110,6 +133,33 @@ def test_teachers_with_other_weights_have_other_digests_and_precision_acts():
     assert low.dtype == torch.float32
     assert 0 < float((full - low).abs().max()) < 0.1
     assert all(not p.requires_grad for p in a.model.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_but_the_head_moves_aside_and_comes_back(tied):
+    model = tiny_llama(hidden=32, ffn=64, layers=2, vocab=512, tied=tied)
+    before = LocalTeacher(model, "tiny").lesson(batch(), Needs(logits=True)).targets.full(torch.arange(9))
+    head = Head(model).module
+    # Another type stands for another device, of which there may be none.
+    _move_all_but(model, head, torch.float64)
+    moved = {name: tensor.dtype == torch.float64 for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    stays = {"model.embed_tokens.weight"} if tied else {"lm_head.weight"}
+    assert {name for name, away in moved.items() if not away} == stays
+    assert len(moved) > 10
+    model.to(torch.float32)
+    after = LocalTeacher(model, "tiny").lesson(batch(), Needs(logits=True)).targets.full(torch.arange(9))
+    assert torch.equal(before, after)
+
+
+def test_an_offloaded_teacher_puts_its_weights_aside_and_says_the_same(monkeypatch):
+    seen = []
+    monkeypatch.setattr(local, "_move_all_but", lambda model, kept, device: seen.append((model, kept, device)))
+    plain, offloaded = LocalTeacher(llama(), "plain"), LocalTeacher(llama(), "aside", offload=True)
+    a = plain.lesson(batch(), Needs(logits=True)).targets.full(torch.arange(9))
+    assert not seen
+    b = offloaded.lesson(batch(), Needs(logits=True)).targets.full(torch.arange(9))
+    assert seen == [(offloaded.model, Head(offloaded.model).module, "cpu")]
+    assert torch.equal(a, b)
 
 
 def test_tokenizers_that_differ_are_refused_with_the_reason():

@@ -113,7 +113,8 @@ class Layerwise:
         """Let every block read the teacher's states, and compare what it makes of them."""
         assert lesson is not None
         blocks = self.of_blocks(shapes[0].layers)
-        inputs = {block: lesson.hidden[block - 1] for block in blocks if block}
+        device = batch["input_ids"].device  # the teacher may run on another
+        inputs = {block: lesson.hidden[block - 1].to(device) for block in blocks if block}
         seen = forward_views(model, batch, Needs(hidden=frozenset(blocks)), inputs)
         assert shapes[1] is not None
         return self.view_losses(seen, lesson, batch, (shapes[0], shapes[1]))

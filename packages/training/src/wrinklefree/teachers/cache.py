@@ -18,7 +18,7 @@ KEY_BYTES = 16
 
 
 def piece_key(piece: Tensor) -> bytes:
-    """Return what a piece is found by: a digest of its tokens."""
+    """Return what a piece is found by: a digest of its tokens, which are in main memory."""
     return hashlib.blake2b(piece.to(torch.int64).contiguous().numpy().tobytes(), digest_size=KEY_BYTES).digest()
 
 

@@ -127,15 +127,17 @@ class TopTeacher:
         assert not needs.qkv
         ids = batch["input_ids"].flatten()
         spans = piece_spans(batch["document_ids"])
-        pieces = [ids[start:end].cpu() for start, end in spans]
+        pieces = [ids[start:end] for start, end in spans]  # where the batch is: a local teacher runs there
         known: dict[int, Top] = {}
         if self.cache is not None:
-            known = {i: Top(*found) for i, piece in enumerate(pieces) if (found := self.cache.get(piece)) is not None}
+            host = ids.cpu()
+            keys = [host[start:end] for start, end in spans]
+            known = {i: Top(*found) for i, key in enumerate(keys) if (found := self.cache.get(key)) is not None}
         missing = [i for i in range(len(pieces)) if i not in known]
         for i, top in zip(missing, self.source.tops([pieces[i] for i in missing]) if missing else [], strict=True):
             known[i] = top
             if self.cache is not None:
-                self.cache.put(pieces[i], top.log_probabilities.cpu(), top.tokens.cpu())
+                self.cache.put(keys[i], top.log_probabilities.cpu(), top.tokens.cpu())
         values = torch.full((len(ids), self.top_k), -torch.inf, device=ids.device)
         tokens = torch.zeros((len(ids), self.top_k), dtype=torch.int64, device=ids.device)
         for i, (start, end) in enumerate(spans):
