@@ -42,7 +42,9 @@ def test_the_command_proves_a_model_on_1000_positions(directory, tmp_path, capsy
     printed = json.loads(capsys.readouterr().out)
     sidecar = json.loads((tmp_path / "model.gguf.parity.json").read_text())
     assert names(tmp_path) == ["model.gguf", "model.gguf.parity.json"]
-    assert (sidecar["status"], sidecar["reason"], sidecar["positions"]) == ("proven", "", 1000)
+    assert (sidecar["status"], sidecar["positions"]) == ("proven", 1000)
+    # So little trained, the model may show no effect of quantised activations above the noise of codes.
+    assert sidecar["reason"] in ("", "rounding moves this model too far to decide engine.activation_ratio")
     assert printed["bytes"] == (tmp_path / "model.gguf").stat().st_size
     assert {k: v for k, v in printed.items() if k in sidecar} == sidecar
     assert all(check["holds"] is not False for check in sidecar["checks"])
