@@ -316,19 +316,20 @@ def test_an_engines_probabilities_are_normalised_if_they_nearly_are():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_smollm2_untrained_is_unproven_by_its_own_noise_and_wrong_files_fail(tmp_path):
-    """Converted but untrained: 30 layers amplify rounding beyond the caps, and controls must fail all the same.
+def test_smollm2_untrained_fails_only_as_a_wrong_file(tmp_path):
+    """Converted but untrained: 30 layers amplify rounding, and controls must fail all the same.
 
-    What rounding by blocks instead of tokens does to this model's perplexity (17% on these positions) is more than any proof may
-    explain away; the file's bytes, its layers and the engine against its emulation are within their bounds.
+    Rounding by blocks instead of tokens moves this model's perplexity by more or less than any proof may explain away, depending on
+    the processor (17% on these positions on one): the right file is then unproven, for that reason. Its bytes, its layers and the
+    engine against its emulation are within their bounds.
     """
     directory = tmp_path / "m"
     assert convert(["convert", "HuggingFaceTB/SmolLM2-135M-Instruct", "--out", str(directory)]) == 0
     report = export_proven(directory, tmp_path / "out.gguf")
     show("SmolLM2-135M", report)
-    assert (report.status, report.positions, report.failed_checks()) == ("unproven", 64, [])
-    assert "training.perplexity" in report.undecided_checks()
-    assert "training.perplexity" in report.reason
+    assert (report.positions, report.failed_checks()) == (64, [])
+    undecided = "training.perplexity" in report.undecided_checks()
+    assert (report.status == "unproven") == undecided == ("training.perplexity" in report.reason)
     judged = {check.name for check in report.checks if check.holds}
     assert judged >= {"bytes", "tokenizer", "layers.wrong_codes", "layers.output_error", "engine.mean_kl"}
     assert {report.types["blk.7.attn_q.weight"], report.types["blk.7.ffn_down.weight"]} == {"q2_0", "tq2_0"}
