@@ -16,6 +16,7 @@ from bitnet_arch import (
     open_weights,
     resolve_pretrained,
 )
+from bitnet_arch.calibration import max_positions
 from data_handler.influence import AdamMoments, Checkpoint, InfluenceConfig, joined_moments
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -51,7 +52,7 @@ def load_subject(name: str, length: int) -> Subject:
         UserError: if there is none, it is packed, or its context is shorter than a row.
     """
     source = resolve_pretrained(name)
-    context = getattr(load_config(source.path), "max_position_embeddings", None)
+    context = max_positions(load_config(source.path))
     if context is not None and length > context:
         raise UserError(f"data.sequence_length={length} is longer than the model's context of {context}: lower it")
     model = _load(source.path, source.note)

@@ -82,7 +82,7 @@ def build_start(config: RunConfig, saved_tokenizer: str | None = None) -> Start:
         form = reader.form
     if source.path.resolve() == (Path(config.output_dir) / "model").resolve():
         raise UserError(f"{source.path} would be replaced by the model that this run trains: choose another output_dir")
-    context = getattr(load_config(source.path), "max_position_embeddings", None)
+    context = max_positions(load_config(source.path))
     if context is not None and config.data.sequence_length > context:
         raise UserError(
             f"data.sequence_length={config.data.sequence_length} is longer than the model's context of {context}: lower it"

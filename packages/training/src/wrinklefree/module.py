@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from wrinklefree.config import RunConfig
 from wrinklefree.curriculum import Point, point_at
 from wrinklefree.mixing import Mixture
-from wrinklefree.objective import domain_sums
+from wrinklefree.objective import IGNORED, domain_sums
 from wrinklefree.objectives import Objectives
 from wrinklefree.objectives.norms import gradient_norm
 from wrinklefree.objectives.settings import AUTO, reference_of
@@ -214,7 +214,7 @@ class TernaryModule(pl.LightningModule):
             del found
         if self.mixture is not None:
             losses = torch.cat([values.sum(1) for values in token_losses if values is not None])
-            scored = (batch["labels"][:, 1:] != -100).sum(1)
+            scored = (batch["labels"][:, 1:] != IGNORED).sum(1)
             totals, tokens = (domain_sums(values, batch["domain"], len(self.stream.domains)) for values in (losses, scored))
             self.domain_losses = self._sum(totals).cpu(), self._sum(tokens).cpu()
         means = {name: self._sum(value) / counts[name.partition("/")[0]] for name, value in sums.items()}

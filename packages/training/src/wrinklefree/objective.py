@@ -25,11 +25,6 @@ def token_loss_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, (targets != IGNORED).sum()
 
 
-def scored_tokens(labels: Tensor) -> Tensor:
-    """Return how many positions of `labels` `[B, T]` are scored by `token_loss_sum` (int64 scalar)."""
-    return (labels[:, 1:] != IGNORED).sum().to(torch.int64)
-
-
 def domain_sums(values: Tensor, owner: Tensor, domains: int) -> Tensor:
     """Return the sums of the rows of each domain, `[K]`, of `values`' type.
 

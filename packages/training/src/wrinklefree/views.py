@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from bitnet_arch.attention import attention_argument
+from bitnet_arch.attention import attention_argument, head_logits
 from bitnet_arch.families import family_of
 from data_handler import document_attention_mask
 from torch import Tensor, nn
@@ -65,6 +65,7 @@ class Head:
     """A model's output layer, and what its family does to logits."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
         self.module: nn.Module = model.get_output_embeddings()
         self.cap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.vocabulary = int(model.config.vocab_size)
@@ -81,8 +82,7 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Map `[..., d]` to logits `[..., V]`."""
-        logits: Tensor = self.module(hidden)
-        return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
+        return head_logits(self._model, hidden)
 
 
 def forward_views(model: PreTrainedModel, batch: Batch, needs: Needs, inputs: Mapping[int, Tensor] | None = None) -> Views:

@@ -62,8 +62,7 @@ class GgufFile:
         Raises:
             UserError: if the file has become shorter since it was parsed.
         """
-        info = self.tensors[name]
-        count = 1 if info.ggml_id == I2_S else int(np.prod(info.shape[:-1]))
+        info, count = self.tensors[name], self._row_count(name)
         start, stop, _ = (rows or slice(None)).indices(count)
         width = info.nbytes // count
         size = max(stop - start, 0) * width
@@ -80,11 +79,14 @@ class GgufFile:
         Raises:
             UserError: if the file has become shorter since it was parsed.
         """
-        info = self.tensors[name]
-        count = 1 if info.ggml_id == I2_S else int(np.prod(info.shape[:-1]))
-        step = max(1, size // (info.nbytes // count))
+        count = self._row_count(name)
+        step = max(1, size // (self.tensors[name].nbytes // count))
         for start in range(0, count, step):
             yield self.raw(name, slice(start, start + step))
+
+    def _row_count(self, name: str) -> int:
+        info = self.tensors[name]
+        return 1 if info.ggml_id == I2_S else int(np.prod(info.shape[:-1]))
 
     def ternary(self, name: str) -> tuple[Codes, NDArray[np.float32]]:
         """Return a matrix of a ternary type as int8 codes in its shape and float32 scales `[rows, blocks]`, of I2_S `[1, 1]`.

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from wrinklefree.objective import IGNORED
+
 Direction = Literal["forward", "reverse"]
 
 
@@ -17,7 +19,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         logits: float `[N, V]`.
         targets: int64 `[N]`.
     """
-    return F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)
+    return F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, direction: Direction = "forward") -> Tensor:

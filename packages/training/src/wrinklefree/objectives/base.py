@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from wrinklefree.losses.head import RowLoss
+from wrinklefree.objective import IGNORED
 from wrinklefree.teachers.base import Lesson, Shape
 from wrinklefree.views import Batch, Needs, Views
 
@@ -91,7 +92,7 @@ class OwnObjective(Objective, Protocol):
 
 def next_tokens(labels: Tensor) -> Tensor:
     """Return what follows each position, int64 `[B, T]` of `labels` shifted by one, -100 at the end."""
-    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
 
 
 def layer_index(layer: int, layers: int, what: str) -> int:

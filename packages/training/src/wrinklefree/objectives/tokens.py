@@ -8,6 +8,7 @@ from torch import Tensor
 from wrinklefree.losses.divergence import Direction, cross_entropy, kl_divergence, top_k_divergence
 from wrinklefree.losses.head import RowLoss
 from wrinklefree.mapping import require
+from wrinklefree.objective import IGNORED
 from wrinklefree.objectives.base import Way, next_tokens
 from wrinklefree.teachers.base import Lesson, Shape
 from wrinklefree.views import Batch, Needs
@@ -44,7 +45,7 @@ class CrossEntropy:
 
     def scored(self, batch: Batch) -> Tensor:
         """Return the positions whose next token has a label."""
-        return next_tokens(batch["labels"]) != -100
+        return next_tokens(batch["labels"]) != IGNORED
 
     def row_loss(self, targets: Tensor, positions: Tensor, lesson: Lesson | None) -> RowLoss:
         """Return the cross-entropy of the next token."""
@@ -116,7 +117,7 @@ class LogitsDivergence:
         """Return the positions that are compared."""
         if self.scope == "attended":
             return batch["document_ids"] > 0
-        return next_tokens(batch["labels"]) != -100
+        return next_tokens(batch["labels"]) != IGNORED
 
     def row_loss(self, targets: Tensor, positions: Tensor, lesson: Lesson | None) -> RowLoss:
         """Return the divergence, at the positions in scope."""
