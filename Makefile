@@ -1,6 +1,6 @@
 .PHONY: check format test
 
-LIBRARIES := packages/architecture/src/ packages/data_handler/src/
+LIBRARIES := packages/kernels/src/ packages/architecture/src/ packages/data_handler/src/
 APPS := packages/training/src/ packages/inference/src/ packages/eval/src/ packages/deployer/src/
 
 check: ## what CI and pre-commit run before the tests

@@ -1,0 +1,61 @@
+"""Every instruction set against the textbook product."""
+
+import bitnet_kernels
+import numpy as np
+import pytest
+from bitnet_kernels import TernaryMatrix
+
+ISAS = bitnet_kernels.available_isas()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    before = bitnet_kernels.isa()
+    bitnet_kernels.use_isa(request.param)
+    yield request.param
+    bitnet_kernels.use_isa(before)
+
+
+def textbook(codes, x):
+    """Return the quantised activations' integer product, activations quantised as training does it."""
+    inverse = (np.float32(127) / np.maximum(np.abs(x).max(1, keepdims=True), np.float32(1e-5))).astype(np.float32)
+    q = np.rint(x * inverse).astype(np.int64)
+    return q @ codes.astype(np.int64).T, np.float32(1) / inverse
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 17])
+def test_every_width_gives_the_textbooks_integers(isa, tokens):
+    rng = np.random.default_rng(tokens)
+    for columns in range(1, 601, 1 if tokens == 1 else 13):
+        rows = int(rng.integers(1, 40))
+        codes = rng.integers(-1, 2, (rows, columns), dtype=np.int8)
+        x = rng.standard_normal((tokens, columns), dtype=np.float32)
+        w = TernaryMatrix(codes, np.array([0.25], dtype=np.float32))
+        assert np.array_equal(w.codes(), codes)
+        expected, scale = textbook(codes, x)
+        assert np.array_equal(w.matmul_integer(x), expected), columns
+        np.testing.assert_array_equal(w.matmul(x), expected.astype(np.float32) * (scale * np.float32(0.25)))
+
+
+@pytest.mark.parametrize("columns", [33, 4096, 140_000])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_largest_sums_do_not_overflow(isa, columns, sign):
+    codes = np.full((17, columns), sign, dtype=np.int8)
+    x = np.ones((3, columns), dtype=np.float32)
+    w = TernaryMatrix(codes, np.array([1], dtype=np.float32))
+    assert (w.matmul_integer(x) == sign * 127 * columns).all()
+
+
+@pytest.mark.parametrize("kind", ["row", "group"])
+def test_scales_of_rows_and_groups(isa, kind):
+    rng = np.random.default_rng(0)
+    for columns in (1, 100, 128, 129, 300, 576):
+        codes = rng.integers(-1, 2, (37, columns), dtype=np.int8)
+        scale = rng.random((37, 1 if kind == "row" else -(-columns // 128)), dtype=np.float32)
+        x = rng.standard_normal((6, columns), dtype=np.float32)
+        _, activation = textbook(codes, x)
+        q = bitnet_kernels.quantize_activations(x)[0]
+        wide = np.repeat(scale.astype(np.float64), columns if kind == "row" else 128, axis=1)[:, :columns]
+        expected = (q.astype(np.float64) @ (codes * wide).T) * activation
+        got = TernaryMatrix(codes, scale).matmul(x)
+        assert np.abs(got - expected).max() <= 1e-6 * np.abs(expected).max()
