@@ -28,6 +28,7 @@ from bitnet_arch.bitlinear import BitLinearLRC
 from bitnet_arch.families import quantized_names
 from bitnet_arch.lrc.adapters import adapter_bits, as_stored, int8_adapter, layer_rank
 from bitnet_arch.lrc.covariance import Covariances, Hessian, run_blocks
+from bitnet_arch.lrc.directory import lrc_directory
 from bitnet_arch.lrc.files import load_adapters, save_adapters
 from bitnet_arch.lrc.model import LRCConfig, adapter_parameters, add_lrc, start_lrc
 from bitnet_arch.lrc.solve import (
@@ -469,7 +470,9 @@ def test_the_layer_compiles_without_a_graph_break():
 
 def test_ranks_are_numbers_or_shares_of_the_smaller_side():
     assert layer_rank(8, 576, 192) == 8
-    assert layer_rank(400, 576, 192) == 192
+    assert layer_rank(192, 576, 192) == 192
+    with pytest.raises(UserError, match=r"a rank of 193 is above what k_proj can have, a matrix of 192 x 576: choose at most 192,"):
+        layer_rank(193, 576, 192, "k_proj")
     assert layer_rank(0.1, 576, 192) == 19
     assert layer_rank(0.001, 576, 192) == 1
     for bad in (0.0, 1.0, -1, 1.5, True, "8", None):
@@ -537,7 +540,7 @@ def test_a_trained_model_comes_back_with_the_rank(trained):
     state, calibration, heldout, _ = trained
     original = mean_nll(fresh(state), heldout)
     found, layers = [], []
-    for rank in (1, 8, 24, 64):
+    for rank in (1, 8, 24, 0.999):  # the last is each matrix's full rank, which as a number only the smallest of them may have
         model = add_lrc(fresh(state), [calibration], LRCConfig(rank=rank), on_layer=lambda name, _: layers.append(name))
         assert layers == quantized_names(model)
         layers.clear()
@@ -572,6 +575,29 @@ def test_every_choice_of_the_configuration_changes_the_solution(trained):
     ):
         with pytest.raises(UserError, match=why):
             LRCConfig(**{"rank": 4, **bad})
+
+
+@pytest.mark.parametrize("form", [None, "stock", "subln-rows-rotated"])
+def test_a_rank_above_the_smallest_matrix_is_refused_and_the_model_is_as_it_was(form, tmp_path):
+    """Of 64 x 64, 96 x 64 and (keys and values) 32 x 64 the last are the smallest: 32 is a rank of all, 33 of the others alone."""
+    model = make("llama") if form is None else converted("llama", form)
+    before = logits(model)
+    named = (
+        r"a rank of 33 is above what model\.layers\.0\.self_attn\.k_proj can have, a matrix of 32 x 64: choose at most 32, or a "
+    )
+    for attempt in (lambda: add_lrc(model, [], LRCConfig(rank=33)), lambda: start_lrc(model, 33)):
+        with pytest.raises(UserError, match=named):
+            attempt()
+        assert torch.equal(logits(model), before)
+    with pytest.raises(UserError, match=named):
+        start_lrc(pack_model(converted("llama", "stock")), 33)
+    if form is None:
+        save_master(model, tmp_path / "float")
+        with pytest.raises(UserError, match=named):
+            lrc_directory(tmp_path / "float", tmp_path / "out", LRCConfig(rank=33), [])
+        assert not (tmp_path / "out").exists()
+    corrected = start_lrc(model, 32)
+    assert {layer.lrc_u.shape[1] for _, layer in bitlinear_layers(corrected)} == {32}
 
 
 def test_ternary_weights_can_be_kept_also_packed_ones(trained):

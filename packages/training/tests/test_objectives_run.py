@@ -289,7 +289,7 @@ def test_of_a_correction_the_adapters_alone_are_trained(quick, pretrained, tmp_p
         (["objectives={logits: {}}", "mixture=odm", "training.max_steps=20"], "give objectives.ce a weight"),
         (["model.lrc={rank: 0.1}", "training.trainable=gains"], "training.trainable has no effect with model.lrc"),
         (["model.lrc={rank: 0.1}", "model.norm=subln"], "model.norm has no effect with model.lrc"),
-        (["model.lrc={rank: 9999}"], "model.lrc.rank=9999 is above every ternary matrix's smaller side, at most 64"),
+        (["model.lrc={rank: 9999}"], "a rank of 9999 is above what"),
     ],
     ids=str,
 )
@@ -367,6 +367,14 @@ def test_a_layer_that_is_not_there_is_refused_before_a_model_is_made(quick, monk
     monkeypatch.setattr(models, "train_float", lambda *args, **options: pytest.fail("a model was made"))
     assert main([*quick, "objectives={relations: {layer: 7, heads: 4}}"]) == 2
     assert "layer=7 is out of range" in capsys.readouterr().err
+
+
+def test_a_rank_above_a_matrix_is_refused_before_a_model_is_made(quick, monkeypatch, capsys):
+    monkeypatch.setattr(models, "train_float", lambda *args, **options: pytest.fail("a model was made"))
+    assert main([*quick, "model.lrc={rank: 33}"]) == 2
+    assert "a rank of 33 is above what model.layers.0.self_attn.k_proj can have, a matrix of 32 x 64" in capsys.readouterr().err
+    assert main([*quick, "model.lrc={rank: 1.5}"]) == 2
+    assert "a share between 0 and 1, not 1.5" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -41,8 +41,8 @@ class TernaryForm:
         granularity: how many weights share a scale.
         rotation: whether the inputs of the mixing layers are rotated (BitNet v2).
         packed: whether weights are 2-bit codes instead of float masters.
-        lrc_rank: rank of the low-rank correction of each layer: a whole number (at most the layer's smaller side), or a share of
-            the smaller side as a number below 1; 0 for none. See `bitnet_arch.lrc`.
+        lrc_rank: rank of the low-rank correction of each layer: a whole number, at most the smallest layer's smaller side, or a
+            share of each layer's smaller side as a number below 1; 0 for none. See `bitnet_arch.lrc`.
         lrc_dtype: what the correction's adapters are stored in.
 
     Raises:
@@ -106,7 +106,7 @@ def build_layers(model: PreTrainedModel, form: TernaryForm) -> None:
         ).train(linear.training)
         if form.lrc_rank:
             assert isinstance(layer, BitLinear)
-            rank = layer_rank(form.lrc_rank, linear.in_features, linear.out_features)
+            rank = layer_rank(form.lrc_rank, linear.in_features, linear.out_features, name)
             layer = BitLinearLRC.random(layer, rank, form.lrc_dtype)
         if form.packed:
             layer = PackedBitLinear.like(layer)  # type: ignore[arg-type]

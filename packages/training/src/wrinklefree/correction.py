@@ -4,8 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from bitnet_arch.families import quantized_names
-from bitnet_arch.lrc.model import LRCConfig, adapter_parameters, add_lrc, start_lrc
+from bitnet_arch.lrc.model import LRCConfig, adapter_parameters, add_lrc, check_model_rank, start_lrc
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,8 +16,8 @@ class CorrectionConfig:
     """A low-rank correction of ternary layers, which is then trained (`bitnet_arch.lrc`).
 
     Attributes:
-        rank: a whole number (of a matrix whose smaller side is less, that side), or a share of a layer's smaller side as a number
-            below 1.
+        rank: a whole number, at most the smallest ternary matrix's smaller side, or a share of each layer's smaller side as a
+            number below 1.
         start: "solved" rounds the weights and solves for the adapters on calibration text, layer by layer, in turn; "random" rounds
             them by absmean, and starts from a correction that is zero.
         quantizer: what rounds, of "solved"; see `bitnet_arch.ptq`.
@@ -53,17 +52,20 @@ class CorrectionConfig:
         steps = 1 if self.alternations is None else self.alternations
         return LRCConfig(rank=self.rank, dtype=self.dtype, quantizer=self.quantizer or "gptq", steps=steps)
 
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse a rank that a model's matrices cannot have; looks at sizes alone.
+
+        Raises:
+            bitnet_arch.UserError: naming the layer, its size and the rank.
+        """
+        check_model_rank(model, self.rank)
+
     def build(self, model: PreTrainedModel, calibration: Iterable[Tensor]) -> PreTrainedModel:
         """Correct a float model, which must not be used afterwards; only the adapters are left to be trained.
 
         Raises:
             bitnet_arch.UserError: for a rank above a matrix's, or a model that cannot be corrected.
         """
-        sides = [min(model.get_parameter(f"{name}.weight").shape) for name in quantized_names(model)]
-        require(
-            self.rank <= max(sides),
-            f"model.lrc.rank={self.rank} is above every ternary matrix's smaller side, at most {max(sides)}: lower it",
-        )
         if self.start == "solved":
             corrected = add_lrc(model, calibration, self.settings())
         else:

@@ -143,6 +143,8 @@ def _from_made(config: RunConfig, saved: str | None) -> Start:
 def _make(config: RunConfig, saved: str | None, directory: Path, note: str) -> None:
     """Train the float model of the run's shape, and write it with a record of what it was made of."""
     tokenizer, model = _random_float(config, saved)
+    if config.model.lrc is not None:
+        config.model.lrc.check(model)
     if config.teacher.model is None:  # it will teach: what is wrong with its shape is to be said before it is made
         shape = Shape.of(model)
         for item in config.objective_settings().values():

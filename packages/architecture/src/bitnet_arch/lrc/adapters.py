@@ -1,5 +1,6 @@
 """The arithmetic of low-rank adapters: their rank, how they are stored, and what they add to a layer's output."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -19,16 +20,41 @@ SMALLEST = 1e-30
 """Lower clamp of a column's largest magnitude."""
 
 
-def layer_rank(rank: int | float, in_features: int, out_features: int) -> int:
-    """Return a layer's rank: a whole number is the rank itself (at most the layer's smaller side), a number below 1 a share of it.
+def layer_rank(rank: int | float, in_features: int, out_features: int, name: str = "a layer") -> int:
+    """Return a layer's rank: a whole number is the rank itself, a number below 1 a share of the layer's smaller side.
 
     Args:
         rank: as in `bitnet_arch.modeling.TernaryForm`.
         in_features: the layer's inputs.
         out_features: the layer's outputs.
+        name: what an error calls the layer.
+
+    Raises:
+        UserError: for a whole number above the layer's smaller side, beyond which a rank adds nothing but bits.
     """
     smaller = min(in_features, out_features)
-    return min(rank, smaller) if isinstance(rank, int) else max(1, round(rank * smaller))
+    if isinstance(rank, float):
+        return max(1, round(rank * smaller))
+    if rank > smaller:
+        raise UserError(
+            f"a rank of {rank} is above what {name} can have, a matrix of {out_features} x {in_features}: choose at most "
+            f"{smaller}, or a share of each layer's smaller side as a number below 1"
+        )
+    return rank
+
+
+def check_ranks(rank: int | float, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse a rank that is above the smallest of the matrices that are to be corrected, naming that.
+
+    Args:
+        rank: as in `bitnet_arch.modeling.TernaryForm`.
+        shapes: layer name to `(out, in)`.
+
+    Raises:
+        UserError: for a whole number above the smallest side of any of them.
+    """
+    name, (rows, columns) = min(shapes.items(), key=lambda item: min(item[1]))
+    layer_rank(rank, columns, rows, name)
 
 
 def check_rank(rank: int | float) -> None:

@@ -12,7 +12,7 @@ from bitnet_arch.bitlinear import LAMBDA_KEY
 from bitnet_arch.block_stream import BlockStream, Progress
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import base_type, quantized_names
-from bitnet_arch.lrc.model import LRCConfig, correct_block
+from bitnet_arch.lrc.model import LRCConfig, check_model_rank, correct_block
 from bitnet_arch.modeling import TernaryForm, form_of, ternary_config
 from bitnet_arch.quant import Granularity
 from bitnet_arch.shards import MAX_SHARD_SIZE
@@ -59,6 +59,7 @@ def lrc_directory(
         form = form_of(stream.model.config) or TernaryForm()
         if form.lrc_rank:
             raise UserError(f"{source} has a low-rank correction already: start from the model without it")
+        check_model_rank(stream.model, config.rank)
         _check_lambda(reader, quantized_names(stream.model))
         values = stream.model.config.to_dict()
         for name in ("model_type", "ternary", "quantization_config"):

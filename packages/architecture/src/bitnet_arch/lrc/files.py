@@ -170,7 +170,7 @@ def _corrected(
     adapters = []
     for key in (f"{name}.lrc_u", f"{name}.lrc_v"):
         values = take(key).float()
-        if values.shape[1:] != (layer_rank(rank, layer.in_features, layer.out_features),):
+        if values.shape[1:] != (layer_rank(rank, layer.in_features, layer.out_features, name),):
             raise UserError(f"{file} contradicts itself on the rank of {name}: download or save it again")
         if dtype == "int8":
             scale = take(f"{key}_scale")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from bitnet_arch.bitlinear import BitLinear, BitLinearLRC, get_lambda
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import quantized_names
-from bitnet_arch.lrc.adapters import AdapterDtype, check_rank, layer_rank
+from bitnet_arch.lrc.adapters import AdapterDtype, check_rank, check_ranks, layer_rank
 from bitnet_arch.lrc.covariance import Block, Covariances, run_blocks
 from bitnet_arch.lrc.solve import Decomposition, Solution, Start, alternate, fit_adapters, relative_error
 from bitnet_arch.modeling import change_form
@@ -27,7 +27,8 @@ class LRCConfig:
     """How a correction is solved.
 
     Attributes:
-        rank: a whole number, or a share of a layer's smaller side as a number below 1.
+        rank: a whole number, at most the smallest corrected matrix's smaller side, or a share of each layer's smaller side as a
+            number below 1.
         dtype: what adapters are stored in: "float16" or "int8".
         quantizer: what rounds weights in the metric of their inputs, see `bitnet_arch.ptq.quantizers`; "keep" leaves the ternary
             weights as they are and fits adapters to them.
@@ -92,9 +93,10 @@ def add_lrc(
         solution's weights and are frozen, see `BitLinearLRC`.
 
     Raises:
-        UserError: if the model has a correction already, is packed and `weights` or "keep" is missing, was saved at another λ, or
-            for calibration that cannot be used.
+        UserError: if the rank is above a matrix's, the model has a correction already, is packed and `weights` or "keep" is
+            missing, was saved at another λ, or for calibration that cannot be used.
     """
+    check_model_rank(model, config.rank)
     model = as_converted(model)
     layers = ternary_layers(model)
     for name, layer in layers.items():
@@ -147,11 +149,12 @@ def start_lrc(model: PreTrainedModel, rank: int | float, dtype: AdapterDtype = "
         dtype: as in `LRCConfig`.
 
     Raises:
-        UserError: if the model has a correction already.
+        UserError: if the rank is above a matrix's, or the model has a correction already.
     """
+    check_model_rank(model, rank)
     model = _with_form(as_converted(model), rank, dtype)
     for name, layer in ternary_layers(model).items():
-        k = layer_rank(rank, layer.in_features, layer.out_features)
+        k = layer_rank(rank, layer.in_features, layer.out_features, name)
         if isinstance(layer, BitLinear):
             corrected: nn.Module = BitLinearLRC.random(layer, k, dtype)
             layer.weight.requires_grad_(False)
@@ -167,6 +170,16 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         if isinstance(module, BitLinearLRC | PackedBitLinearLRC):
             yield module.lrc_u
             yield module.lrc_v
+
+
+def check_model_rank(model: PreTrainedModel, rank: int | float) -> None:
+    """Refuse a rank above the smallest matrix that a correction of the model would correct; nothing of the model is read but sizes.
+
+    Raises:
+        UserError: naming the layer, its size and the rank.
+    """
+    layers: dict[str, nn.Linear] = {name: model.get_submodule(name) for name in quantized_names(model)}  # type: ignore[misc]
+    check_ranks(rank, {name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
 
 
 def _with_form(model: PreTrainedModel, rank: int | float, dtype: AdapterDtype) -> PreTrainedModel:
