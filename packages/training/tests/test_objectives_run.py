@@ -87,6 +87,17 @@ def test_every_preset_runs_on_the_tiny_model(preset, overrides, capsys):
         assert any("lrc_u" in name for name in weights(directory))
 
 
+def test_four_steps_are_enough_for_three_phases(quick, capsys):
+    """By its share alone the second would have none of them."""
+    kept = [o for o in quick if not o.startswith("training=")]
+    _, lines = ran(kept, "training=stage1_9_layerwise", "training.max_steps=4", "training.wandb=off", "teacher.made_steps=1")
+    weight = {name: [line.get(f"objective_weight/{name}", 0.0) for line in lines] for name in ("forced", "free", "ce")}
+    assert weight["forced"][0] == 1 > weight["forced"][1] > 0 == weight["forced"][2] == weight["forced"][3]
+    assert weight["free"][0] == 0 < weight["free"][1] < weight["free"][2]
+    assert weight["ce"][1] == 0 < weight["ce"][3]
+    assert "at least one of so few steps: 1, 1, 2" in capsys.readouterr().err
+
+
 def test_the_default_objective_alone_logs_what_it_always_did(quick):
     _, lines = ran(quick)
     assert not any(key.startswith("objective") for key in lines[0])

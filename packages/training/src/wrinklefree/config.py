@@ -14,7 +14,7 @@ from data_handler.mixture import CONTROLLERS, Controller, OnlineDataMixing, pars
 from data_handler.mixture.settings import option_names
 
 from wrinklefree.correction import CorrectionConfig
-from wrinklefree.curriculum import CurriculumConfig, ever_above_zero, steps_before
+from wrinklefree.curriculum import CurriculumConfig, ever_above_zero, fitted
 from wrinklefree.mapping import from_mapping
 from wrinklefree.mapping import require as _require
 from wrinklefree.objectives import LogitsDivergence, ObjectiveSettings, parse_objectives
@@ -437,7 +437,12 @@ class RunConfig:
     def _check_curriculum(self) -> None:
         total = self.curriculum_total
         names = [source.name for source in self.data.sources]
-        begin = 0.0
+        begin, steps, count = 0.0, self.training.max_steps, len(self.curriculum.phases)
+        _require(
+            count <= steps,
+            f"curriculum.phases has {count} phases, and the run {steps} step{'s' * (steps > 1)}: each takes at least one, so leave "
+            "phases out, or raise training.max_steps",
+        )
         for i, phase in enumerate(self.curriculum.phases):
             where = f"curriculum.phases.{i}"
             for name in phase.objectives:
@@ -448,12 +453,6 @@ class RunConfig:
             _require(
                 begin < total,
                 f"{where} would begin at {begin:g}, and the run ends at {total:g}: lower the phases' until, or raise max_steps",
-            )
-            before, last = (steps_before(end, total, self.training.max_steps) for end in (begin, phase.until))
-            _require(
-                before < last,
-                f"{where} is too short: none of the run's {self.training.max_steps} steps begins from {begin:g} to "
-                f"{phase.until:g}, so widen it, leave it out, or raise max_steps",
             )
             begin = phase.until
             if phase.data is not None:
@@ -498,6 +497,11 @@ class RunConfig:
         """The whole run in the unit of the curriculum's `until`."""
         tokens = self.training.max_steps * self.training.rows_per_step * self.data.sequence_length
         return float(tokens) if self.curriculum.by == "tokens" else 1.0
+
+    @property
+    def fitted_curriculum(self) -> CurriculumConfig:
+        """The curriculum with a step at least in every phase, see `wrinklefree.curriculum.fitted`."""
+        return fitted(self.curriculum, self.curriculum_total, self.training.max_steps)
 
     @property
     def needs_teacher(self) -> bool:

@@ -3,7 +3,8 @@
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal
 
 from wrinklefree.mapping import require
@@ -119,6 +120,44 @@ def point_at(config: CurriculumConfig, progress: float, total: float = 1.0) -> P
 def steps_before(until: float, total: float, steps: int) -> int:
     """Return how many of a run's steps begin before a place in it, compared as `point_at` compares them."""
     return bisect_left(range(steps), until / total, key=lambda step: step / steps)
+
+
+def phase_steps(config: CurriculumConfig, total: float, steps: int) -> list[int]:
+    """Return how many of a run's steps each phase has, and last how many follow them.
+
+    A step belongs to the phase in which it begins. A phase in which none would begin gets one all the same, from the phase that
+    then has the most above its share of the run (of equal ones the first); no phase gives its only one.
+
+    Args:
+        config: the phases, no more of them than `steps`.
+        total: as in `point_at`.
+        steps: of the run.
+    """
+    ends = [min(phase.until / total, 1.0) for phase in config.phases]
+    edges = [0, *(steps_before(end, 1.0, steps) for end in ends), steps]
+    found = [end - begin for begin, end in pairwise(edges)]
+    above = [count - steps * (end - begin) for count, (begin, end) in zip(found, pairwise([0.0, *ends, 1.0]), strict=True)]
+    least = [1] * len(ends) + [0]
+    for phase in range(len(ends)):
+        if found[phase] == 0:
+            giver = max((i for i, count in enumerate(found) if count > least[i]), key=above.__getitem__)
+            for place, change in ((giver, -1), (phase, 1)):
+                found[place] += change
+                above[place] += change
+    return found
+
+
+def fitted(config: CurriculumConfig, total: float, steps: int) -> CurriculumConfig:
+    """Return the phases with ends that give each the steps of `phase_steps`; ends that do so already stay.
+
+    An end that moves lies half a step before the next phase's first step, so that a phase of one step is on its way to its values.
+    """
+    phases, done = [], 0
+    for phase, count in zip(config.phases, phase_steps(config, total, steps)[:-1], strict=True):
+        done += count
+        stays = steps_before(phase.until, total, steps) == done
+        phases.append(phase if stays else replace(phase, until=(done - 0.5) / steps * total))
+    return replace(config, phases=tuple(phases))
 
 
 def shares_at(config: CurriculumConfig, progress: float, total: float = 1.0) -> tuple[int, Mapping[str, float]] | None:

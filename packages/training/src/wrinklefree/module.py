@@ -80,6 +80,7 @@ class TernaryModule(pl.LightningModule):
         self.model = model
         self.stream = stream
         self.run_config = config
+        self.curriculum = config.fitted_curriculum
         self.identity = identity
         self.quantized = quantized
         self.mixture = mixture
@@ -113,7 +114,7 @@ class TernaryModule(pl.LightningModule):
 
     def point_at(self, step: int) -> Point:
         """Return what the curriculum says of a step (0-based)."""
-        return point_at(self.run_config.curriculum, step / self.run_config.training.max_steps, self.run_config.curriculum_total)
+        return point_at(self.curriculum, step / self.run_config.training.max_steps, self.run_config.curriculum_total)
 
     def rate_at(self, step: int) -> float:
         """Return the learning rate at a step (0-based)."""

@@ -23,6 +23,7 @@ from wrinklefree.arm import ArmResult, train_arm
 from wrinklefree.artifacts import export, finite, plot_losses, sample
 from wrinklefree.callbacks import newest_checkpoint
 from wrinklefree.config import RunConfig
+from wrinklefree.curriculum import phase_steps
 from wrinklefree.evaluation import heldout_loss, perplexity
 from wrinklefree.files import write_json, write_text, writing
 from wrinklefree.models import Start, build_start
@@ -57,6 +58,9 @@ def train(config: RunConfig) -> Outcome:
     if config.own_lambda and config.training.lambda_schedule != "constant":
         decides = "model.lrc, whose weights are ternary already," if config.model.lrc is not None else "the curriculum"
         say(f"lambda: {decides} decides it, not training.lambda_schedule={config.training.lambda_schedule}")
+    if config.fitted_curriculum != config.curriculum:
+        found = phase_steps(config.curriculum, config.curriculum_total, config.training.max_steps)[:-1]
+        say(f"curriculum: each phase has at least one of so few steps: {', '.join(map(str, found))}")
     if config.training.trainable == "gains":
         train_gains_only(start.model)
     teacher = _teacher(config, start)

@@ -23,8 +23,8 @@ class Shares(pl.Callback):
     def _set(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, TernaryModule)
         assert module.loader is not None
-        config, step = module.run_config, trainer.global_step
-        last = None if step == 0 else shares_at(config.curriculum, (step - 1) / config.training.max_steps, config.curriculum_total)
-        now = shares_at(config.curriculum, step / config.training.max_steps, config.curriculum_total)
-        if now is not None and now != last and step < config.training.max_steps:
+        step, steps, total = trainer.global_step, module.run_config.training.max_steps, module.run_config.curriculum_total
+        last = None if step == 0 else shares_at(module.curriculum, (step - 1) / steps, total)
+        now = shares_at(module.curriculum, step / steps, total)
+        if now is not None and now != last and step < steps:
             module.loader.set_weights(now[1], step)
