@@ -60,8 +60,19 @@ struct Matrix {
     view = {nullptr, nullptr, static_cast<int64_t>(weights.shape(0)), static_cast<int64_t>(weights.shape(1)),
             static_cast<wf::Granularity>(granularity)};
     codes = allocate<uint8_t>(view.bytes());
-    scales = allocate<float>(static_cast<int64_t>(scale.size()));
-    std::copy_n(scale.data(), scale.size(), scales.get());
+    if (view.granularity == wf::Granularity::group) {
+      const int64_t groups = view.groups();
+      scales = allocate<float>(view.panels() * groups * wf::kPanelRows);
+      std::fill_n(scales.get(), view.panels() * groups * wf::kPanelRows, 0.0F);
+      for (int64_t row = 0; row < view.rows; ++row) {
+        for (int64_t group = 0; group < groups; ++group) {
+          scales[(row / wf::kPanelRows * groups + group) * wf::kPanelRows + row % wf::kPanelRows] = scale.data()[row * groups + group];
+        }
+      }
+    } else {
+      scales = allocate<float>(static_cast<int64_t>(scale.size()));
+      std::copy_n(scale.data(), scale.size(), scales.get());
+    }
     view.codes = codes.get();
     view.scales = scales.get();
     if (!wf::pack(weights.data(), view.rows, view.columns, codes.get())) {

@@ -6,7 +6,7 @@
 namespace wf {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512vbmi", "neon", "dotprod", "i8mm"};
+constexpr const char* kNames[] = {"scalar", "avx2", "avxvnni", "avx512", "neon", "dotprod", "i8mm"};
 
 }  // namespace
 
@@ -16,6 +16,15 @@ const Kernels* kernels_of(Isa isa) {
   switch (isa) {
     case Isa::scalar:
       return &kScalar;
+#ifdef WF_X86
+    // These ask the operating system too, whether it keeps the wide registers.
+    case Isa::avx512:
+      __builtin_cpu_init();
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                     __builtin_cpu_supports("avx512vnni")
+                 ? &kAvx512
+                 : nullptr;
+#endif
     default:
       return nullptr;
   }

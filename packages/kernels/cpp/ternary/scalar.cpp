@@ -49,7 +49,7 @@ void matmul(const TernaryMatrix& w, const Activations& x, int64_t begin, int64_t
         float sum = 0.0F;
         for (int64_t group = 0; group < w.groups(); ++group) {
           const int32_t part = dot(w, row, codes, group * kGroup, std::min(w.columns, (group + 1) * kGroup));
-          sum += static_cast<float>(part) * w.scales[row * w.groups() + group];
+          sum += static_cast<float>(part) * w.group_scales(row / kPanelRows, group)[row % kPanelRows];
         }
         out = sum * x.scales[token];
       } else {

@@ -25,7 +25,7 @@ enum class Granularity : int { tensor, row, group };  // one scale for the matri
 // A packed matrix. Memory is the caller's, aligned to 64 bytes.
 struct TernaryMatrix {
   const uint8_t* codes;  // ceil(rows / 16) panels of `blocks()` blocks
-  const float* scales;   // multiplies to dequantise: [1], [rows] or [rows, groups()]
+  const float* scales;   // multiplies to dequantise: [1], [rows] or, a group's 16 rows side by side, [panels(), groups(), 16]
   int64_t rows, columns;
   Granularity granularity;
 
@@ -33,6 +33,7 @@ struct TernaryMatrix {
   int64_t blocks() const { return ceil_div(columns, kBlockColumns); }
   int64_t groups() const { return ceil_div(columns, kGroup); }
   int64_t bytes() const { return panels() * blocks() * kBlockBytes; }
+  const float* group_scales(int64_t panel, int64_t group) const { return scales + (panel * groups() + group) * kPanelRows; }
 };
 
 // Quantised activations of some tokens.
@@ -43,7 +44,7 @@ struct Activations {
   int64_t tokens, stride;  // stride: at least 16 * blocks(), a multiple of 64
 };
 
-enum class Isa : int { scalar, avx2, avx512, avx512vbmi, neon, dotprod, i8mm };
+enum class Isa : int { scalar, avx2, avxvnni, avx512, neon, dotprod, i8mm };
 
 // One instruction set's kernels. Every one gives the scalar one's integers, and its floats up to the order of sums over groups.
 struct Kernels {
@@ -68,6 +69,7 @@ Isa best_isa();                       // the fastest one that is available
 const Kernels* kernels_named(const char* name);  // null for an unknown or unavailable name
 
 extern const Kernels kScalar;
+extern const Kernels kAvx2, kAvxVnni, kAvx512;  // x86 only
 
 // Packs int8 codes [rows, columns] in {-1, 0, 1}. Returns false at any other value.
 bool pack(const int8_t* weights, int64_t rows, int64_t columns, uint8_t* out);
