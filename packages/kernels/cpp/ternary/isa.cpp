@@ -1,6 +1,10 @@
 #include <cstring>
 #include <iterator>
 
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 #include "ternary/ternary.h"
 
 namespace wf {
@@ -8,9 +12,18 @@ namespace {
 
 constexpr const char* kNames[] = {"scalar", "avx2", "avxvnni", "avx512", "neon", "dotprod", "i8mm"};
 
+#if defined(__aarch64__)
+// What Linux, and so Android, says of the processor; the bits' names are missing in older headers.
+bool has_dotprod() { return (getauxval(AT_HWCAP) >> 20 & 1) != 0; }              // HWCAP_ASIMDDP
+bool has_i8mm() { return has_dotprod() && (getauxval(AT_HWCAP2) >> 13 & 1) != 0; }  // HWCAP2_I8MM
+#endif
+
 }  // namespace
 
-const char* name_of(Isa isa) { return kNames[static_cast<int>(isa)]; }
+const char* name_of(Isa isa) {
+  const auto i = static_cast<size_t>(isa);
+  return i < std::size(kNames) ? kNames[i] : nullptr;
+}
 
 const Kernels* kernels_of(Isa isa) {
   switch (isa) {
@@ -24,6 +37,14 @@ const Kernels* kernels_of(Isa isa) {
                      __builtin_cpu_supports("avx512vnni")
                  ? &kAvx512
                  : nullptr;
+#endif
+#if defined(__aarch64__)
+    case Isa::neon:
+      return &kNeon;
+    case Isa::dotprod:
+      return has_dotprod() ? &kDotprod : nullptr;
+    case Isa::i8mm:
+      return has_i8mm() ? &kI8mm : nullptr;
 #endif
     default:
       return nullptr;

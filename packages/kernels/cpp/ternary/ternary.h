@@ -62,7 +62,7 @@ struct Kernels {
   void (*matmul_integer)(const TernaryMatrix& w, const Activations& x, int64_t begin, int64_t end, int32_t* y, int64_t y_stride);
 };
 
-const char* name_of(Isa isa);
+const char* name_of(Isa isa);         // null behind the last one
 bool available(Isa isa);              // compiled in, and this processor has it
 const Kernels* kernels_of(Isa isa);   // null where it is not available
 Isa best_isa();                       // the fastest one that is available
@@ -70,6 +70,7 @@ const Kernels* kernels_named(const char* name);  // null for an unknown or unava
 
 extern const Kernels kScalar;
 extern const Kernels kAvx2, kAvxVnni, kAvx512;  // x86 only
+extern const Kernels kNeon, kDotprod, kI8mm;  // 64-bit Arm
 
 // Packs int8 codes [rows, columns] in {-1, 0, 1}. Returns false at any other value.
 bool pack(const int8_t* weights, int64_t rows, int64_t columns, uint8_t* out);

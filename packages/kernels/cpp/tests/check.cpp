@@ -1,0 +1,183 @@
+// Compares every instruction set that this processor has with the scalar reference: `ternary_check [names]`.
+//
+// With names ("scalar,neon") it fails where other sets are available. Prints what it compared; exits 1 at the first difference.
+// Buffers have exactly the size that the kernels may touch, so that AddressSanitizer sees a read or write beyond it.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "ternary/ternary.h"
+
+namespace {
+
+using wf::ceil_div;
+using wf::Granularity;
+
+std::mt19937 generator(1);
+
+int uniform(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
+  std::exit(1);
+}
+
+struct Free {
+  void operator()(void* pointer) const { std::free(pointer); }
+};
+
+// A packed matrix of the exact size that the layout needs.
+struct Matrix {
+  std::unique_ptr<uint8_t, Free> codes;
+  std::vector<int8_t> weights;
+  std::vector<float> scales;
+  wf::TernaryMatrix view{};
+
+  Matrix(std::vector<int8_t> values, int64_t rows, int64_t columns, Granularity granularity) : weights(std::move(values)) {
+    view = {nullptr, nullptr, rows, columns, granularity};
+    codes.reset(static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(view.bytes()))));
+    if (!wf::pack(weights.data(), rows, columns, codes.get())) fail("pack refuses ternary codes");
+    const int64_t count = granularity == Granularity::tensor ? 1 : granularity == Granularity::row ? rows : rows * view.groups();
+    for (int64_t i = 0; i < count; ++i) scales.push_back(static_cast<float>(uniform(1, 1000)) * 1e-3F);
+    view.codes = codes.get();
+    view.scales = scales.data();
+  }
+};
+
+struct Quantized {
+  std::vector<int8_t> codes;
+  std::vector<float> scales;
+  std::vector<int32_t> sums;
+  wf::Activations view{};
+
+  Quantized(const wf::Kernels& isa, const std::vector<float>& x, int64_t tokens, int64_t columns) {
+    const int64_t stride = ceil_div(columns, 64) * 64, groups = ceil_div(columns, wf::kGroup);
+    codes.assign(static_cast<size_t>(tokens * stride), 99);
+    scales.assign(static_cast<size_t>(tokens), -1.0F);
+    sums.assign(static_cast<size_t>(tokens * groups), -1);
+    for (int64_t t = 0; t < tokens; ++t) {
+      // A token of its own size: a read beyond its end would be seen.
+      const std::vector<float> token(x.begin() + t * columns, x.begin() + (t + 1) * columns);
+      if (!isa.quantize(token.data(), columns, stride, codes.data() + t * stride, scales.data() + t, sums.data() + t * groups)) {
+        fail("quantize refuses finite activations");
+      }
+    }
+    view = {codes.data(), scales.data(), sums.data(), tokens, stride};
+  }
+};
+
+bool equal(const Quantized& a, const Quantized& b) {
+  return a.codes == b.codes && a.sums == b.sums &&
+         std::memcmp(a.scales.data(), b.scales.data(), a.scales.size() * sizeof(float)) == 0;
+}
+
+// Outputs of the panels [begin, end) in an array that is wider than the rows and filled with a mark.
+template <typename T, typename Product>
+std::vector<T> outputs(const Matrix& w, const Quantized& x, int64_t begin, int64_t end, Product product) {
+  const int64_t stride = w.view.rows + 3;
+  std::vector<T> y(static_cast<size_t>((x.view.tokens - 1) * stride + w.view.rows), T{-7777777});
+  product(w.view, x.view, begin, end, y.data(), stride);
+  return y;
+}
+
+void compare(const wf::Kernels& isa, const Matrix& w, const Quantized& x, int64_t begin, int64_t end) {
+  const std::string where = std::string(wf::name_of(isa.isa)) + ": rows " + std::to_string(w.view.rows) + ", columns " +
+                            std::to_string(w.view.columns) + ", tokens " + std::to_string(x.view.tokens) + ", granularity " +
+                            std::to_string(static_cast<int>(w.view.granularity)) + ", panels " + std::to_string(begin) + " to " +
+                            std::to_string(end);
+  if (outputs<int32_t>(w, x, begin, end, isa.matmul_integer) != outputs<int32_t>(w, x, begin, end, wf::kScalar.matmul_integer)) {
+    fail("integers of " + where);
+  }
+  const auto expected = outputs<float>(w, x, begin, end, wf::kScalar.matmul), got = outputs<float>(w, x, begin, end, isa.matmul);
+  float most = 0.0F;
+  for (const float y : expected) most = std::fmax(most, y == -7777777.0F ? 0.0F : std::fabs(y));
+  // Sums over groups may be of another order; everything else is the same operations.
+  const float tolerance = w.view.granularity == Granularity::group ? 1e-6F * most : 0.0F;
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (!(std::fabs(got[i] - expected[i]) <= tolerance)) fail("floats of " + where);
+  }
+}
+
+std::vector<int8_t> random_codes(int64_t count) {
+  std::vector<int8_t> codes(static_cast<size_t>(count));
+  for (auto& code : codes) code = static_cast<int8_t>(uniform(-1, 1));
+  return codes;
+}
+
+void every_width(const wf::Kernels& isa) {
+  for (int64_t columns = 1; columns <= 600; ++columns) {
+    const int64_t rows = 2 * uniform(0, 20) + 1, tokens = columns % 17 + 1;
+    const auto granularity = static_cast<Granularity>(columns % 3);
+    const Matrix w(random_codes(rows * columns), rows, columns, granularity);
+    std::vector<int8_t> back(w.weights.size());
+    wf::unpack(w.view.codes, rows, columns, back.data());
+    if (back != w.weights) fail("unpack at " + std::to_string(columns) + " columns");
+    std::vector<float> values(static_cast<size_t>(tokens * columns));
+    // Multiples of a half meet the rounding's ties, and the rest its ordinary cases.
+    for (auto& value : values) value = columns % 2 ? static_cast<float>(uniform(-254, 254)) * 0.5F : std::normal_distribution<float>()(generator);
+    if (columns % 2) values[0] = 127.0F;
+    const Quantized x(wf::kScalar, values, tokens, columns);
+    if (!equal(x, Quantized(isa, values, tokens, columns))) fail("quantize at " + std::to_string(columns) + " columns");
+    compare(isa, w, x, 0, w.view.panels());
+    const int64_t begin = uniform(0, static_cast<int>(w.view.panels()));
+    compare(isa, w, x, begin, uniform(static_cast<int>(begin), static_cast<int>(w.view.panels())));
+  }
+}
+
+// The largest sums: all weights of one sign, all activations +-127. From 2.1 million columns on, a sum of codes that are masked and
+// not shifted passes 2^31 if it is not taken apart.
+void largest_sums(const wf::Kernels& isa, int64_t rows, int64_t columns, int64_t tokens) {
+  for (const int sign : {-1, 1}) {
+    for (const auto granularity : {Granularity::tensor, Granularity::group}) {
+      const Matrix w(std::vector<int8_t>(static_cast<size_t>(rows * columns), static_cast<int8_t>(sign)), rows, columns, granularity);
+      std::vector<float> values(static_cast<size_t>(tokens * columns), 1.0F);
+      for (int64_t i = 0; i < columns; ++i) values[i] = -1.0F;
+      const Quantized x(wf::kScalar, values, tokens, columns);
+      const auto y = outputs<int32_t>(w, x, 0, w.view.panels(), isa.matmul_integer);
+      for (int64_t t = 0; t < tokens; ++t) {
+        if (y[t * (rows + 3)] != (t == 0 ? -sign : sign) * 127 * columns) fail("the sum of " + std::to_string(columns));
+      }
+      compare(isa, w, x, 0, w.view.panels());
+    }
+  }
+}
+
+void not_finite(const wf::Kernels& isa) {
+  for (const float bad : {std::nanf(""), -std::nanf(""), HUGE_VALF, -HUGE_VALF}) {
+    for (const int64_t columns : {1, 7, 64, 131}) {
+      std::vector<float> x(static_cast<size_t>(columns), 0.5F);
+      x[static_cast<size_t>(uniform(0, static_cast<int>(columns) - 1))] = bad;
+      std::vector<int8_t> codes(192, 99);
+      float scale = -1.0F;
+      int32_t sums[2] = {-1, -1};
+      if (isa.quantize(x.data(), columns, 192, codes.data(), &scale, sums)) fail("quantize takes what is not finite");
+      if (codes != std::vector<int8_t>(192, 99) || scale != -1.0F || sums[0] != -1) fail("quantize writes before it refuses");
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::string names;
+  for (int i = 0; wf::name_of(static_cast<wf::Isa>(i)) != nullptr; ++i) {
+    const wf::Kernels* isa = wf::kernels_of(static_cast<wf::Isa>(i));
+    if (isa == nullptr) continue;
+    if (isa->isa != static_cast<wf::Isa>(i)) fail("a set under another's name");
+    names += (names.empty() ? "" : ",") + std::string(wf::name_of(isa->isa));
+    every_width(*isa);
+    largest_sums(*isa, 17, 33, 3);
+    largest_sums(*isa, 17, 33'000, 10);
+    largest_sums(*isa, 17, 140'000, 1);
+    largest_sums(*isa, 1, 2'200'000, 1);
+    not_finite(*isa);
+  }
+  std::printf("%s\n", names.c_str());
+  if (argc > 1 && names != argv[1]) fail("expected the instruction sets " + std::string(argv[1]));
+  return 0;
+}
