@@ -3,16 +3,29 @@
 Weights are int8 codes in {-1, 0, 1} with float32 scales that multiply to dequantise; activations are quantised to 8 bits a token
 as `bitnet_arch.quant.quantize_activation` does it. The instruction set is chosen when the package is imported: the fastest that the
 processor has, or the one that the environment variable `WF_ISA` names.
+
+Products run on `threads()` threads, and release the GIL: at first `WF_THREADS`, else `OMP_NUM_THREADS`, else as many as the process
+may use processors. Results do not depend on their number.
 """
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_kernels import _native
 
-__all__ = ["TernaryMatrix", "available_isas", "isa", "quantize_activations", "use_isa"]
+__all__ = [
+    "TernaryMatrix",
+    "available_isas",
+    "isa",
+    "matmul_many",
+    "quantize_activations",
+    "set_threads",
+    "threads",
+    "use_isa",
+]
 
 GROUP = 128
 """Columns that share a scale, where a row has several."""
@@ -38,6 +51,26 @@ def use_isa(name: str) -> None:
 def isa() -> str:
     """Return the name of the instruction set in use."""
     return _isa
+
+
+MOST_THREADS = 64
+"""As many threads as there can be."""
+
+
+def threads() -> int:
+    """Return how many threads a product runs on, the caller's included."""
+    return _native.threads()
+
+
+def set_threads(count: int) -> None:
+    """Let products run on that many threads from here on; with 1, on the caller's alone.
+
+    Raises:
+        ValueError: for a number outside 1 to 64.
+    """
+    if not 1 <= count <= MOST_THREADS:
+        raise ValueError(f"count: from 1 to {MOST_THREADS} threads are possible, not {count}")
+    _native.set_threads(count)
 
 
 _isa: str
@@ -95,6 +128,18 @@ class TernaryMatrix:
     def matmul_integer(self, x: NDArray[np.float32]) -> NDArray[np.int32]:
         """Return the integer sums of the same product, before any scale."""
         return self._matrix.matmul_integer(_isa, _activations(x, self.columns))
+
+
+def matmul_many(matrices: Sequence[TernaryMatrix], x: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    """Return every matrix's `x @ weightᵀ` as `TernaryMatrix.matmul` does, quantising x once: q, k and v, or gate and up.
+
+    Raises:
+        ValueError: for matrices of different widths, or as `TernaryMatrix.matmul`.
+    """
+    widths = {matrix.columns for matrix in matrices}
+    if len(widths) > 1:
+        raise ValueError(f"matrices: equal numbers of columns are wanted, not {sorted(widths)}")
+    return _native.matmul_many([matrix._matrix for matrix in matrices], _isa, _activations(x, *widths))
 
 
 def _activations(x: NDArray[np.float32], columns: int | None = None) -> NDArray[np.float32]:
