@@ -12,6 +12,7 @@ import pytest
 import torch
 from bitnet_arch import ConversionConfig, UserError, convert_model, load_model, open_weights, save_master, save_packed
 from bitnet_arch.__main__ import main
+from bitnet_arch.diffusion import add_mask_token
 from bitnet_arch.hub import write_model_card
 from bitnet_arch.lrc.model import start_lrc
 from bitnet_arch.parity.proof import source_digest
@@ -73,6 +74,28 @@ def test_a_card_names_the_low_rank_correction_and_counts_its_bits(tmp_path):
         assert ("| low-rank correction | rank 6, float16 |" in text) == (name == "lrc")
         bits[name] = float(next(line for line in text.splitlines() if "bits per ternary weight" in line).split("|")[2])
     assert bits["lrc"] > bits["plain"] + 1
+
+
+@pytest.mark.parametrize("block_size", [8, None])
+def test_a_card_of_a_diffusion_model_says_how_it_is_decoded_and_that_runs(block_size, tmp_path, capsys):
+    model, tokenizer = tiny_bitnet(hidden=64, ffn=128), tiny_tokenizer()
+    save_master(model, tmp_path / "plain", tokenizer)
+    form = add_mask_token(model, tokenizer, block_size=block_size, token_shift=block_size is not None)
+    save_packed(model, tmp_path / "m", tokenizer)
+    plain, text = (write_model_card(tmp_path / name).read_text() for name in ("plain", "m"))
+    blocks = "blocks of 8, from left to right," if block_size else "the whole text"
+    place = "the position before it" if block_size else "its own position"
+    for line in (
+        f"| decoding | by diffusion: masked tokens of {blocks} are filled in, several in one forward |",
+        f"| mask token | number {form.mask_token_id} |",
+        f"| a token is read from | {place} |",
+    ):
+        assert line in text
+    assert "diffusion" not in plain
+    assert "mask token" not in plain
+    code = text.partition("```python\n")[2].partition("```")[0].replace("path/or/id", str(tmp_path / "m"))
+    exec(compile(code, "card", "exec"), {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_a_card_claims_nothing_that_is_not_known(tmp_path):

@@ -10,7 +10,7 @@ from bitnet_arch.testing import SMALL_SHAPE, random_model
 from torch.nn import functional as F
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from wrinklefree.diffusion import METHODS, DiffusionSettings, diffusion_bound, diffusion_step, scored_count
-from wrinklefree.diffusion.loss import support_kl, token_nll
+from wrinklefree.diffusion.loss import support_kl, support_losses, token_nll
 from wrinklefree.diffusion.mask import block_ends, block_numbers, noisy_clean_mask, whole_mask
 from wrinklefree.diffusion.noise import row_draws
 from wrinklefree.diffusion.step import view_states
@@ -277,6 +277,13 @@ def test_losses_of_pieces_are_the_textbooks_with_the_same_gradients():
     wanted = torch.autograd.grad(expected.sum(), [hidden, model.lm_head.weight], retain_graph=True)
     for a, b in zip(torch.autograd.grad(found.sum(), [hidden, model.lm_head.weight]), wanted, strict=True):
         torch.testing.assert_close(a, b)
+    both = support_losses(model, hidden, targets, ids, head, tail, MASK, elements=2 * model.config.vocab_size)
+    for value, alone in zip(both, (expected, -log_p.gather(1, targets[:, None])[:, 0]), strict=True):
+        torch.testing.assert_close(value, alone)
+        wanted = torch.autograd.grad(alone.sum(), [hidden, model.lm_head.weight], retain_graph=True)
+        given = torch.autograd.grad(value.sum(), [hidden, model.lm_head.weight], retain_graph=True)
+        for a, b in zip(given, wanted, strict=True):
+            torch.testing.assert_close(a, b)
     every = torch.arange(MASK).expand(7, -1)
     full = support_kl(model, hidden, every, q, torch.full((7,), -torch.inf), MASK)
     torch.testing.assert_close(full, (q.exp() * (q - log_p[:, :MASK])).sum(1))

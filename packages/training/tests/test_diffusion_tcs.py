@@ -260,11 +260,13 @@ def test_hard_is_the_share_of_the_cross_entropy():
     assert not torch.allclose(mixed, 0.25 * scores + 0.75 * tokens, rtol=1e-2)
 
 
-def test_without_hard_the_cross_entropy_is_not_computed():
-    _, alone, once = taught(0.0)
-    _, both, twice = taught(0.5)
-    assert twice == 2 * once
+def test_the_cross_entropy_is_of_the_same_logits_and_without_hard_it_is_not_computed():
+    student, alone, rows = taught(0.0)
+    _, both, shared = taught(0.5)
+    assert shared == rows > 0
     assert set(alone) == {""}
+    plain = diffusion_step(student, packed(3), TargetScores(block_size=4, top_k=4).settings(VOCABULARY))["dlm"]
+    torch.testing.assert_close(both["tokens"], 0.5 * plain)
     torch.testing.assert_close(alone[""], 2 * both["scores"])
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from bitnet_arch import UserError, save_master
 from bitnet_arch.testing import tiny_llama, tiny_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from wrinklefree import artifacts
 from wrinklefree.callbacks import read_metrics
 from wrinklefree.cli import load_run_config, main
@@ -84,7 +84,7 @@ def test_pieces_are_asked_where_the_batch_is_and_found_in_main_memory(tmp_path, 
             return super().get(piece)
 
     data = batch()
-    TopTeacher(Source(LocalTeacher(llama(), "tiny"), K, 2.0), K, Cache(tmp_path, K)).lesson(data, Needs(logits=True))
+    TopTeacher(Source(LocalTeacher(llama(), "tiny"), K, 2.0), K, Cache(tmp_path, K, 512)).lesson(data, Needs(logits=True))
     own = data["input_ids"].untyped_storage().data_ptr()
     assert len(asked) == len(found) == 6
     assert set(asked) == {own}
@@ -93,13 +93,13 @@ def test_pieces_are_asked_where_the_batch_is_and_found_in_main_memory(tmp_path, 
 
 def test_a_second_epoch_in_another_order_runs_no_teacher_and_gets_the_same_bits(tmp_path):
     first = counting()
-    teacher = TopTeacher(first, K, DiskCache(tmp_path / "cache", K, shard_tokens=20))
+    teacher = TopTeacher(first, K, DiskCache(tmp_path / "cache", K, 512, shard_tokens=20))
     before = teacher.lesson(batch(), Needs(logits=True)).targets.top(torch.arange(36), K, 2.0)
     assert first.asked == 6
     teacher.close()
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
     again = counting()
-    teacher = TopTeacher(again, K, DiskCache(tmp_path / "cache", K))
+    teacher = TopTeacher(again, K, DiskCache(tmp_path / "cache", K, 512))
     after = teacher.lesson(batch((2, 0, 1)), Needs(logits=True)).targets.top(torch.arange(36), K, 2.0)
     assert again.asked == 0
     rows = torch.tensor([2, 0, 1])
@@ -113,16 +113,25 @@ def test_a_second_epoch_in_another_order_runs_no_teacher_and_gets_the_same_bits(
 
 
 def test_a_damaged_shard_and_one_of_another_k_are_named(tmp_path):
-    cache = DiskCache(tmp_path, K)
+    cache = DiskCache(tmp_path, K, 512)
     cache.put(torch.arange(4), torch.zeros(4, K), torch.zeros(4, K, dtype=torch.int64))
     cache.flush()
     shard = next(tmp_path.glob("*.safetensors"))
     assert set(load_file(shard)) == {"keys", "starts", "tokens", "log_probabilities"}
     with pytest.raises(UserError, match="of another top_k"):
-        DiskCache(tmp_path, K + 1)
+        DiskCache(tmp_path, K + 1, 512)
+    assert len(DiskCache(tmp_path, K, 1)) == 1  # token 0 alone is in it
+    tensors = load_file(shard)
+    for wrong in (512, -1):
+        tensors["tokens"][2, 1] = wrong
+        save_file(tensors, shard)
+        with pytest.raises(
+            UserError, match=rf"{shard.name} of the teacher's cache names token {wrong}, and the vocabulary has 512"
+        ):
+            DiskCache(tmp_path, K, 512)
     shard.write_bytes(shard.read_bytes()[:50])
     with pytest.raises(UserError, match="is damaged"):
-        DiskCache(tmp_path, K)
+        DiskCache(tmp_path, K, 512)
 
 
 def test_teachers_with_other_weights_have_other_digests_and_precision_acts():
@@ -377,6 +386,14 @@ def test_runs_with_a_cache_or_a_server_learn_what_a_local_teacher_teaches(run, s
     server = serve("vllm", model)
     remote = start("remote", "teacher.kind=vllm", "teacher.model=tiny", f"teacher.url={server.url}")
     assert remote == pytest.approx(plain, **near)  # what follows a document's last token, of which it says nothing, is not scored
+
+
+def test_behind_a_cache_a_teacher_with_more_logits_is_refused_too(run, tmp_path, capsys):
+    _, _, kept = run
+    save_master(tiny_llama(hidden=64, ffn=128, vocab=576), tmp_path / "wide", tiny_tokenizer())  # the same tokenizer
+    for more in ([], [f"teacher.cache_dir={tmp_path / 'cache'}"]):
+        assert main([*kept, f"output_dir={tmp_path / 'run'}", f"teacher.model={tmp_path / 'wide'}", *more]) == 2
+        assert "has logits of 576 tokens and the model of 512" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

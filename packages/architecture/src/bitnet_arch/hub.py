@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from transformers.configuration_utils import PreTrainedConfig
 
 from bitnet_arch.checkpoint import check_layers, read_provenance, skeleton
 from bitnet_arch.configs import read_json_object
+from bitnet_arch.diffusion import diffusion_of
 from bitnet_arch.directories import CARD_FILE, CARD_MARK
 from bitnet_arch.errors import UserError
 from bitnet_arch.families import PREFIX, quantized_names
@@ -22,6 +24,8 @@ from bitnet_arch.weights import WeightReader, open_weights
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?=\s|$)")
 STATUSES = ("proven", "unproven")
+MASK = "mask token"
+"""A fact that cards of diffusion models have, and no others."""
 PLACEMENTS = {
     "none": "none added",
     "subln": "before the layers that mix (SubLN)",
@@ -70,14 +74,7 @@ def write_model_card(directory: Path | str, *, license_id: str | None = None, pa
             *(f"| {name} | {value} |" for name, value in facts.items()),
             "",
             "```python",
-            *(
-                ["import bitnet_arch  # its classes are not in stock transformers"]
-                if facts["architecture"].startswith("Ternary")
-                else []
-            ),
-            "from transformers import AutoModelForCausalLM",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("path/or/id")',
+            *_usage(facts),
             "```",
             "",
         ]
@@ -127,12 +124,45 @@ def _facts(directory: Path) -> dict[str, Any]:
             "norms": PLACEMENTS[form.norm] if form else "of the stock architecture",
             "a scale for": form.granularity if form else "tensor",
             **({"low-rank correction": f"rank {form.lrc_rank:g}, {form.lrc_dtype}"} if form and form.lrc_rank else {}),
+            **_diffusion(model.config),
             "rotation": "block Hadamard before the layers that mix" if form and form.rotation else "none",
             "ternary weights": ternary,
             "other weights": total - ternary,
             "bits per weight, as stored": round(8 * _bytes(reader) / total, 3),
             "bits per ternary weight, as stored": round(8 * _bytes(reader, layers) / ternary, 3),
         }
+
+
+def _usage(facts: Mapping[str, Any]) -> list[str]:
+    """Return the lines of Python that load a model, and those that decode one that diffuses."""
+    load = 'AutoModelForCausalLM.from_pretrained("path/or/id")'
+    if MASK in facts:
+        return [
+            "from bitnet_arch.generation import DecodeOptions, decode  # transformers' generate would run it causally",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"model = {load}.eval()",
+            'tokenizer = AutoTokenizer.from_pretrained("path/or/id")',
+            'prompt = tokenizer("The ", return_tensors="pt").input_ids[0]',
+            "print(tokenizer.decode(decode(model, prompt, DecodeOptions(max_tokens=64, threshold=0.9)).tokens))",
+        ]
+    ours = (
+        ["import bitnet_arch  # its classes are not in stock transformers"] if facts["architecture"].startswith("Ternary") else []
+    )
+    return [*ours, "from transformers import AutoModelForCausalLM", "", f"model = {load}"]
+
+
+def _diffusion(config: PreTrainedConfig) -> dict[str, str]:
+    """Return how a model fills in masked tokens, if it does."""
+    form = diffusion_of(config)
+    if form is None:
+        return {}
+    blocks = "the whole text" if form.block_size is None else f"blocks of {form.block_size}, from left to right,"
+    return {
+        "decoding": f"by diffusion: masked tokens of {blocks} are filled in, several in one forward",
+        MASK: f"number {form.mask_token_id}",
+        "a token is read from": "the position before it" if form.token_shift else "its own position",
+    }
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -143,7 +143,9 @@ def _likelihood(model: PreTrainedModel) -> str:
 def _teacher(config: RunConfig, start: Start) -> Teacher | None:
     if not config.needs_teacher:
         return None
-    teacher = load_teacher(config.teacher, start.original, start.note, start.tokenizer, config.tops())
+    teacher = load_teacher(
+        config.teacher, start.original, start.note, start.tokenizer, start.model.config.vocab_size, config.tops()
+    )
     say(f"teacher: {teacher.note}")
     return teacher
 

@@ -52,12 +52,36 @@ def support_kl(
 ) -> Tensor:
     """Return KL(target || model) of each position, float32 `[N]` in nats, over K tokens and one bucket of all others.
 
+    `support_losses` without the likelihood.
+    """
+
+    def part(h: Tensor, tokens: Tensor, target: Tensor, tail: Tensor) -> Tensor:
+        return _support_divergence(log_probabilities(model, h, forbidden), tokens, target, tail)
+
+    return _in_pieces(part, piece_rows(len(hidden), model.config.vocab_size, elements), hidden, ids, log_target, log_tail)
+
+
+def support_losses(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    targets: Tensor,
+    ids: Tensor,
+    log_target: Tensor,
+    log_tail: Tensor,
+    forbidden: int | None = None,
+    elements: int = PIECE_ELEMENTS,
+) -> tuple[Tensor, Tensor]:
+    """Return KL(target || model) and the negative log-likelihood of each position, float32 `[N]` each in nats.
+
+    Both are of the same logits, which exist once. The divergence is over K tokens and one bucket of all others.
+
     The model's log-probabilities are normalised over the whole vocabulary. Without the bucket, mass that the target leaves to the
     others would be pushed onto the K.
 
     Args:
         model: whose head is applied.
         hidden: `[N, hidden]`.
+        targets: the tokens themselves, int64 `[N]`.
         ids: the K tokens, int64 `[N, K]`, different ones.
         log_target: their log-probabilities, float32 `[N, K]`.
         log_tail: that of all others together, float32 `[N]`; -inf where there is none.
@@ -65,15 +89,20 @@ def support_kl(
         elements: of a piece's logits.
     """
 
-    def part(h: Tensor, tokens: Tensor, target: Tensor, tail: Tensor) -> Tensor:
+    def part(h: Tensor, y: Tensor, tokens: Tensor, target: Tensor, tail: Tensor) -> Tensor:
         log_p = log_probabilities(model, h, forbidden)
-        divergence = _term(target, log_p.gather(1, tokens)).sum(1)
-        if bool(torch.isinf(tail).all()):
-            return divergence
-        return divergence + _term(tail, log_p.scatter(1, tokens, -torch.inf).logsumexp(1))
+        return torch.stack([_support_divergence(log_p, tokens, target, tail), -log_p.gather(1, y[:, None])[:, 0]], dim=1)
 
     pieces = piece_rows(len(hidden), model.config.vocab_size, elements)
-    return _in_pieces(part, pieces, hidden, ids, log_target, log_tail)
+    divergence, nll = _in_pieces(part, pieces, hidden, targets, ids, log_target, log_tail).unbind(1)
+    return divergence, nll
+
+
+def _support_divergence(log_p: Tensor, tokens: Tensor, target: Tensor, tail: Tensor) -> Tensor:
+    divergence = _term(target, log_p.gather(1, tokens)).sum(1)
+    if bool(torch.isinf(tail).all()):
+        return divergence
+    return divergence + _term(tail, log_p.scatter(1, tokens, -torch.inf).logsumexp(1))
 
 
 def _term(log_target: Tensor, log_p: Tensor) -> Tensor:

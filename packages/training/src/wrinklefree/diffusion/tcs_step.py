@@ -8,7 +8,7 @@ from bitnet_arch.bitlinear import constant_weights
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from wrinklefree.diffusion.loss import support_kl, token_nll
+from wrinklefree.diffusion.loss import support_kl, support_losses, token_nll
 from wrinklefree.diffusion.mask import block_ends
 from wrinklefree.diffusion.settings import DiffusionSettings
 from wrinklefree.diffusion.step import Batch, check_masked, masked_states, view_states
@@ -110,12 +110,13 @@ def tcs_step(
     check_masked(batch, views, how)
     states = masked_states(view_states(model, batch, views, how), views, how)
     weights = views.weights[views.masked]
-    losses = {}
-    if plain or not len(states):
-        own = batch["input_ids"].repeat(views.count, 1)[views.masked]
-        losses["dlm"] = (token_nll(model, states, own, how.mask_token_id) * weights).sum()
+    own = batch["input_ids"].repeat(views.count, 1)[views.masked]
     if not len(states):  # rows of padding, or without labels: nothing to ask the teacher
-        return losses | {"tcs": losses["dlm"]}
+        nothing = (token_nll(model, states, own, how.mask_token_id) * weights).sum()
+        return {"dlm": nothing, "tcs": nothing}
     target = make_target(teacher, batch, views, settings)
-    divergence = support_kl(model, states, target.ids, target.log_q, target.log_tail, how.mask_token_id)
-    return losses | {"tcs": (divergence * weights).sum()}
+    of_target = target.ids, target.log_q, target.log_tail, how.mask_token_id
+    if not plain:
+        return {"tcs": (support_kl(model, states, *of_target) * weights).sum()}
+    divergence, nll = support_losses(model, states, own, *of_target)
+    return {"dlm": (nll * weights).sum(), "tcs": (divergence * weights).sum()}

@@ -30,18 +30,19 @@ class DiskCache:
     they hold, so that several processes may share a folder.
     """
 
-    def __init__(self, directory: Path, top_k: int, shard_tokens: int = SHARD_TOKENS) -> None:
+    def __init__(self, directory: Path, top_k: int, vocabulary: int, shard_tokens: int = SHARD_TOKENS) -> None:
         """Open a folder, made if it is not there.
 
         Args:
             directory: of this teacher and temperature.
             top_k: tokens of an answer.
+            vocabulary: V; no token of an answer is above V - 1.
             shard_tokens: positions after which a shard is written.
 
         Raises:
-            UserError: if the folder cannot be written or a shard is damaged or of another k.
+            UserError: if the folder cannot be written or a shard is damaged, of another k or of another vocabulary.
         """
-        self.directory, self.top_k, self.shard_tokens = directory, top_k, shard_tokens
+        self.directory, self.top_k, self.vocabulary, self.shard_tokens = directory, top_k, vocabulary, shard_tokens
         with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
         self._where: dict[bytes, tuple[Path, int, int]] = {}
@@ -114,6 +115,13 @@ class DiskCache:
             raise UserError(f"{path} of the teacher's cache is damaged ({reason}): delete it, and it is made anew") from None
         if not whole:
             raise UserError(f"{path} of the teacher's cache is damaged or of another top_k: delete it, and it is made anew")
+        tokens = shard["tokens"]
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocabulary:
+            wrong = int(tokens.min()) if int(tokens.min()) < 0 else int(tokens.max())
+            raise UserError(
+                f"{path} of the teacher's cache names token {wrong}, and the vocabulary has {self.vocabulary}: it is damaged or of "
+                "another model, so delete it, and it is made anew"
+            )
         self._open[path] = shard
         starts = shard["starts"].tolist()
         for i, key in enumerate(shard["keys"].numpy()):

@@ -22,6 +22,7 @@ def load_teacher(
     original: Path | None,
     note: str,
     tokenizer: PreTrainedTokenizerFast,
+    vocabulary: int,
     tops: tuple[int, float] | None = None,
 ) -> Teacher:
     """Load the teacher of a run.
@@ -31,6 +32,7 @@ def load_teacher(
         original: the float model that the student was converted from, if there is one.
         note: one line on where that comes from.
         tokenizer: the student's.
+        vocabulary: how many tokens the student has logits of.
         tops: of a teacher that is known by its likeliest tokens, how many, and the temperature.
 
     Raises:
@@ -41,7 +43,14 @@ def load_teacher(
     assert tops is not None
     top_k, temperature = tops
     if config.kind == "local":
-        source: TopSource = LocalSource(_local(config, original, note, tokenizer), top_k, temperature)
+        teacher = _local(config, original, note, tokenizer)
+        assert teacher.shape is not None
+        if teacher.shape.vocabulary > vocabulary:  # the objective cannot look: a cache's answers are all that it sees
+            raise UserError(
+                f"the teacher {teacher.note} has logits of {teacher.shape.vocabulary} tokens and the model of {vocabulary}: choose "
+                "a teacher of the model's own family"
+            )
+        source: TopSource = LocalSource(teacher, top_k, temperature)
     else:
         assert config.url is not None
         assert config.model is not None
@@ -58,7 +67,7 @@ def load_teacher(
         )
     cache = None
     if config.cache_dir is not None:
-        cache = DiskCache(Path(config.cache_dir).expanduser() / f"{source.digest}-k{top_k}-t{temperature:g}", top_k)
+        cache = DiskCache(Path(config.cache_dir).expanduser() / f"{source.digest}-k{top_k}-t{temperature:g}", top_k, vocabulary)
     return TopTeacher(source, top_k, cache)
 
 
