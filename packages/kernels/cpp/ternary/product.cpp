@@ -12,7 +12,8 @@ namespace {
 
 // Work is counted in bytes of weights that one token's product reads: about 25 to a nanosecond. More tokens cost arithmetic.
 constexpr int64_t kTokensForABlock = 4;
-constexpr int64_t kChunkWork = 96 << 10;     // far more than what handing out a chunk costs, far less than a time slice
+constexpr int64_t kLeastChunk = 128 << 10;    // a new chunk starts without prefetching, which costs half a microsecond
+constexpr int64_t kStreams = 4;                // kernels read as many panels at once
 constexpr int64_t kParallelWork = 192 << 10;  // below, waking a thread costs more than it brings
 
 int64_t work_of(const TernaryMatrix& w, int64_t tokens) { return w.bytes() * (kTokensForABlock + tokens - 1) / kTokensForABlock; }
@@ -43,14 +44,7 @@ class ProductJob final : public Job {
   ProductJob(const Kernels& kernels, const std::vector<SharedMatrix>& matrices, std::shared_ptr<const OwnedActivations> x,
              const std::vector<T*>& y)
       : kernels_(kernels), matrices_(matrices), x_(std::move(x)), y_(y) {
-    const int64_t most = kMostChunks / static_cast<int64_t>(matrices.size());
-    for (size_t i = 0; i < matrices.size(); ++i) {
-      const TernaryMatrix& w = matrices[i]->view;
-      const int64_t count = std::clamp<int64_t>(work_of(w, x_->view.tokens) / kChunkWork, 1, std::min(w.panels(), most));
-      for (int64_t part = 0; part < count; ++part) {
-        parts_[chunks++] = {i, part * w.panels() / count, (part + 1) * w.panels() / count};
-      }
-    }
+    for (size_t i = 0; i < matrices.size(); ++i) add(i, kMostChunks - static_cast<int64_t>(matrices.size() - 1 - i));
   }
 
   int64_t result_bytes(int64_t chunk) const override {
@@ -79,6 +73,21 @@ class ProductJob final : public Job {
   }
 
  private:
+  // Cuts a matrix into chunks: half of what is left is cut in as many as there are threads, again and again, so that chunks are long,
+  // but the last ones short, and threads finish together.
+  void add(size_t matrix, int64_t most) {
+    const TernaryMatrix& w = matrices_[matrix]->view;
+    const int64_t panels = w.panels(), a_round = threads();
+    const int64_t least = std::clamp<int64_t>(panels * kLeastChunk / work_of(w, x_->view.tokens), 1, panels);
+    for (int64_t begin = 0, in_round = 0, size = 0; begin < panels; ++in_round) {
+      if (in_round % a_round == 0) size = ceil_div(std::max(least, (panels - begin) / (2 * a_round)), kStreams) * kStreams;
+      const int64_t left = panels - begin;
+      const int64_t end = chunks == most - 1 || left < size + least / 2 ? panels : begin + size;
+      parts_[chunks++] = {matrix, begin, end};
+      begin = end;
+    }
+  }
+
   struct Part {
     size_t matrix;
     int64_t begin, end;  // panels
