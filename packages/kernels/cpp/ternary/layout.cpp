@@ -1,47 +1,268 @@
+// A converter goes through the panels by chunks of 256 columns, which every format's block divides: a row's chunk becomes 256 bytes of
+// codes 0..2, and these become 16 blocks' words of that row, or the other way round. All of it stays in the first-level cache.
+#include <algorithm>
+#include <array>
+#include <bit>
 #include <cstring>
 
+#include "ternary/formats.h"
 #include "ternary/ternary.h"
 
 namespace wf {
 namespace {
 
-constexpr uint8_t kZero = 0x55;  // four codes of zero
+static_assert(std::endian::native == std::endian::little);
 
-struct Place {
-  int64_t byte;
-  int shift;
+constexpr int64_t kChunk = 256;
+constexpr uint8_t kZero = 1;  // the code of the weight 0
+
+// Codes of one row's columns [first, first + count), read from and written to a matrix in another format.
+// `count` is kChunk, or what is left at the row's end; `first` is a multiple of kChunk.
+template <Format>
+struct Rows;
+
+template <>
+struct Rows<Format::codes> {
+  int64_t rows, columns;
+
+  void read(const uint8_t* data, int64_t row, int64_t first, int64_t count, uint8_t* codes) const {
+    data += row * columns + first;
+    for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<uint8_t>(data[i] + 1);
+  }
+  void write(const uint8_t* codes, int64_t row, int64_t first, int64_t count, uint8_t* data) const {
+    data += row * columns + first;
+    for (int64_t i = 0; i < count; ++i) data[i] = static_cast<uint8_t>(codes[i] - 1);
+  }
 };
 
-Place place_of(int64_t row, int64_t column, int64_t blocks) {
-  const int64_t block = row / kPanelRows * blocks + column / kBlockColumns;
-  const int64_t inside = column % kBlockColumns;
-  return {block * kBlockBytes + row % kPanelRows * 4 + inside % 4, static_cast<int>(inside / 4 * 2)};
-}
+template <>
+struct Rows<Format::hf> {
+  int64_t rows, columns;
 
-}  // namespace
+  void read(const uint8_t* data, int64_t row, int64_t first, int64_t count, uint8_t* codes) const {
+    const int shift = static_cast<int>(row / (rows / 4) * 2);
+    data += row % (rows / 4) * columns + first;
+    for (int64_t i = 0; i < count; ++i) codes[i] = data[i] >> shift & 3;
+  }
+  void write(const uint8_t* codes, int64_t row, int64_t first, int64_t count, uint8_t* data) const {
+    const int shift = static_cast<int>(row / (rows / 4) * 2);
+    data += row % (rows / 4) * columns + first;
+    const auto keep = static_cast<uint8_t>(~(3 << shift));
+    for (int64_t i = 0; i < count; ++i) data[i] = static_cast<uint8_t>((data[i] & keep) | codes[i] << shift);
+  }
+};
 
-bool pack(const int8_t* weights, int64_t rows, int64_t columns, uint8_t* out) {
+// Two bits a code in blocks along a row: byte j of a part of kBytes holds the codes j, j + kBytes, ... in planes of kShifts.
+template <int kBlock, int kBlockSize, int kOffset, int kBytes, bool kDescending>
+struct Planes {
+  int64_t rows, columns;
+
+  void read(const uint8_t* data, int64_t row, int64_t first, int64_t count, uint8_t* codes) const {
+    data += row * (columns / kBlock * kBlockSize) + first / kBlock * kBlockSize;
+    for (int64_t done = 0; done < count; done += kBlock, data += kBlockSize) {
+      for (int part = 0; part < kBlock; part += 4 * kBytes) {
+        for (int plane = 0; plane < 4; ++plane) {
+          const int shift = kDescending ? 6 - 2 * plane : 2 * plane;
+          for (int j = 0; j < kBytes; ++j) codes[done + part + plane * kBytes + j] = data[kOffset + part / 4 + j] >> shift & 3;
+        }
+      }
+    }
+  }
+  void write(const uint8_t* codes, int64_t row, int64_t first, int64_t count, uint8_t* data) const {
+    data += row * (columns / kBlock * kBlockSize) + first / kBlock * kBlockSize;
+    for (int64_t done = 0; done < count; done += kBlock, data += kBlockSize) {
+      for (int part = 0; part < kBlock; part += 4 * kBytes) {
+        const uint8_t* u = codes + done + part;
+        for (int j = 0; j < kBytes; ++j) {
+          const int up = u[j] | u[kBytes + j] << 2 | u[2 * kBytes + j] << 4 | u[3 * kBytes + j] << 6;
+          const int down = u[j] << 6 | u[kBytes + j] << 4 | u[2 * kBytes + j] << 2 | u[3 * kBytes + j];
+          data[kOffset + part / 4 + j] = static_cast<uint8_t>(kDescending ? down : up);
+        }
+      }
+    }
+  }
+};
+
+template <>
+struct Rows<Format::i2_s> : Planes<128, 32, 0, 32, true> {};
+template <>
+struct Rows<Format::tq2_0> : Planes<256, 66, 0, 32, false> {};
+
+// Q2_0's neighbours share a byte.
+template <>
+struct Rows<Format::q2_0> {
+  int64_t rows, columns;
+
+  void read(const uint8_t* data, int64_t row, int64_t first, int64_t count, uint8_t* codes) const {
+    data += row * (columns / 64 * 18) + first / 64 * 18;
+    for (int64_t i = 0; i < count; i += 64, data += 18) {
+      for (int j = 0; j < 16; ++j) {
+        const uint32_t byte = data[2 + j];
+        const uint32_t four = (byte | byte << 6 | byte << 12 | byte << 18) & 0x03030303U;
+        std::memcpy(codes + i + 4 * j, &four, 4);
+      }
+    }
+  }
+  void write(const uint8_t* codes, int64_t row, int64_t first, int64_t count, uint8_t* data) const {
+    data += row * (columns / 64 * 18) + first / 64 * 18;
+    for (int64_t i = 0; i < count; i += 64, data += 18) {
+      for (int j = 0; j < 16; ++j) {
+        uint32_t four;
+        std::memcpy(&four, codes + i + 4 * j, 4);
+        data[2 + j] = static_cast<uint8_t>(four | four >> 6 | four >> 12 | four >> 18);
+      }
+    }
+  }
+};
+
+// A byte holds base-3 digits, the most significant first, as a fraction of 256 rounded up: times 3, a digit is what leaves the byte.
+template <>
+struct Rows<Format::tq1_0> {
+  int64_t rows, columns;
+
+  struct Part {
+    int digits, bytes;
+  };
+  static constexpr std::array<Part, 3> kParts{{{5, 32}, {5, 16}, {4, 4}}};
+  static constexpr auto kFractions = [] {
+    std::array<uint8_t, 243> fractions{};
+    for (int value = 0; value < 243; ++value) fractions[value] = static_cast<uint8_t>((value * 256 + 242) / 243);
+    return fractions;
+  }();
+
+  void read(const uint8_t* data, int64_t row, int64_t first, int64_t count, uint8_t* codes) const {
+    data += row * (columns / 256 * 54) + first / 256 * 54;
+    for (int64_t i = 0; i < count; i += 256, data += 2) {  // two bytes of scale
+      for (const auto [digits, bytes] : kParts) {
+        std::array<uint8_t, 32> rest;
+        std::memcpy(rest.data(), data, static_cast<size_t>(bytes));
+        for (int digit = 0; digit < digits; ++digit, codes += bytes) {
+          for (int j = 0; j < bytes; ++j) {
+            const int next = rest[j] * 3;
+            codes[j] = static_cast<uint8_t>(next >> 8);
+            rest[j] = static_cast<uint8_t>(next);
+          }
+        }
+        data += bytes;
+      }
+    }
+  }
+  void write(const uint8_t* codes, int64_t row, int64_t first, int64_t count, uint8_t* data) const {
+    data += row * (columns / 256 * 54) + first / 256 * 54;
+    for (int64_t i = 0; i < count; i += 256, data += 2) {
+      for (const auto [digits, bytes] : kParts) {
+        std::array<uint8_t, 32> values{};
+        for (int digit = 0; digit < digits; ++digit, codes += bytes) {
+          for (int j = 0; j < bytes; ++j) values[j] = static_cast<uint8_t>(values[j] * 3 + codes[j]);
+        }
+        for (int j = 0; j < bytes; ++j) data[j] = kFractions[digits == 5 ? values[j] : 3 * values[j]];
+        data += bytes;
+      }
+    }
+  }
+};
+
+template <Format kFormat>
+bool pack_rows(const uint8_t* data, int64_t rows, int64_t columns, uint8_t* out) {
+  const Rows<kFormat> source{rows, columns};
   const int64_t blocks = ceil_div(columns, kBlockColumns);
-  std::memset(out, kZero, static_cast<size_t>(ceil_div(rows, kPanelRows) * blocks * kBlockBytes));
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t column = 0; column < columns; ++column) {
-      const int8_t weight = weights[row * columns + column];
-      if (weight < -1 || weight > 1) return false;
-      const auto [byte, shift] = place_of(row, column, blocks);
-      out[byte] = static_cast<uint8_t>((out[byte] & ~(3 << shift)) | (weight + 1) << shift);
+  uint32_t bad = 0;
+  for (int64_t row = 0; row < ceil_div(rows, kPanelRows) * kPanelRows; row += kPanelRows) {
+    for (int64_t first = 0; first < columns; first += kChunk) {
+      const int64_t count = std::min(kChunk, columns - first);
+      for (int64_t r = 0; r < kPanelRows; ++r) {
+        alignas(64) uint8_t codes[kChunk];
+        if (count < kChunk || row + r >= rows) std::memset(codes, kZero, kChunk);
+        if (row + r < rows) source.read(data, row + r, first, count, codes);
+        uint8_t* words = out + (row / kPanelRows * blocks + first / kBlockColumns) * kBlockBytes + r * 4;
+        for (int64_t block = 0; block < ceil_div(count, kBlockColumns); ++block) {
+          uint32_t u[4];
+          std::memcpy(u, codes + block * kBlockColumns, sizeof u);
+          for (const uint32_t four : u) bad |= (four & 0xfcfcfcfcU) | (four & four >> 1 & 0x01010101U);
+          const uint32_t word = u[0] | u[1] << 2 | u[2] << 4 | u[3] << 6;
+          std::memcpy(words + block * kBlockBytes, &word, 4);
+        }
+      }
+      if (bad != 0) return false;
     }
   }
   return true;
 }
 
-void unpack(const uint8_t* codes, int64_t rows, int64_t columns, int8_t* out) {
+template <Format kFormat>
+void unpack_rows(const uint8_t* packed, int64_t rows, int64_t columns, uint8_t* out) {
+  const Rows<kFormat> target{rows, columns};
   const int64_t blocks = ceil_div(columns, kBlockColumns);
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t column = 0; column < columns; ++column) {
-      const auto [byte, shift] = place_of(row, column, blocks);
-      out[row * columns + column] = static_cast<int8_t>((codes[byte] >> shift & 3) - 1);
+    for (int64_t first = 0; first < columns; first += kChunk) {
+      const int64_t count = std::min(kChunk, columns - first);
+      const uint8_t* words = packed + (row / kPanelRows * blocks + first / kBlockColumns) * kBlockBytes + row % kPanelRows * 4;
+      alignas(64) uint8_t codes[kChunk];
+      for (int64_t block = 0; block < ceil_div(count, kBlockColumns); ++block) {
+        uint32_t word;
+        std::memcpy(&word, words + block * kBlockBytes, 4);
+        const uint32_t u[4] = {word & 0x03030303U, word >> 2 & 0x03030303U, word >> 4 & 0x03030303U, word >> 6 & 0x03030303U};
+        std::memcpy(codes + block * kBlockColumns, u, sizeof u);
+      }
+      target.write(codes, row, first, count, out);
     }
   }
+}
+
+// Calls `with.template operator()<format>()`.
+template <typename With>
+auto dispatch(Format format, With with) {
+  switch (format) {
+    case Format::hf:
+      return with.template operator()<Format::hf>();
+    case Format::i2_s:
+      return with.template operator()<Format::i2_s>();
+    case Format::tq1_0:
+      return with.template operator()<Format::tq1_0>();
+    case Format::tq2_0:
+      return with.template operator()<Format::tq2_0>();
+    case Format::q2_0:
+      return with.template operator()<Format::q2_0>();
+    case Format::codes:
+      break;
+  }
+  return with.template operator()<Format::codes>();
+}
+
+}  // namespace
+
+int64_t format_bytes(Format format, int64_t rows, int64_t columns) {
+  switch (format) {
+    case Format::codes:
+      return rows * columns;
+    case Format::hf:
+      return rows % 4 == 0 ? rows / 4 * columns : -1;
+    case Format::i2_s:
+      return columns % 128 == 0 ? rows * (columns / 128 * 32) : -1;
+    case Format::tq1_0:
+      return columns % 256 == 0 ? rows * (columns / 256 * 54) : -1;
+    case Format::tq2_0:
+      return columns % 256 == 0 ? rows * (columns / 256 * 66) : -1;
+    case Format::q2_0:
+      return columns % 64 == 0 ? rows * (columns / 64 * 18) : -1;
+  }
+  return -1;
+}
+
+bool pack_from(Format format, const uint8_t* data, int64_t rows, int64_t columns, uint8_t* out) {
+  return dispatch(format, [&]<Format kFormat>() { return pack_rows<kFormat>(data, rows, columns, out); });
+}
+
+void unpack_to(Format format, const uint8_t* codes, int64_t rows, int64_t columns, uint8_t* out) {
+  dispatch(format, [&]<Format kFormat>() { unpack_rows<kFormat>(codes, rows, columns, out); });
+}
+
+bool pack(const int8_t* weights, int64_t rows, int64_t columns, uint8_t* out) {
+  return pack_from(Format::codes, reinterpret_cast<const uint8_t*>(weights), rows, columns, out);
+}
+
+void unpack(const uint8_t* codes, int64_t rows, int64_t columns, int8_t* out) {
+  unpack_to(Format::codes, codes, rows, columns, reinterpret_cast<uint8_t*>(out));
 }
 
 }  // namespace wf
