@@ -279,7 +279,7 @@ struct Arm {
           tile(tokens, codes + block * kBlockBytes, left < kGroupBlocks ? left : kGroupBlocks,
                x.codes + first * x.stride + block * kBlockColumns, x.stride, sums);
           for (int64_t r = 0; r < rows; ++r) {
-            const float scale = w.scales[(panel * kPanelRows + r) * w.groups() + group];
+            const float scale = w.group_scales(panel, group)[r];
             for (int64_t t = 0; t < tokens; ++t) {
               const int32_t part = sums[t * kPanelRows + r] - x.sums[(first + t) * w.groups() + group];
               totals[t * kPanelRows + r] += static_cast<float>(part) * scale;

@@ -1,23 +1,16 @@
 // AVX-512 with VNNI. A register holds a block; `vpdpbusd` multiplies one of its planes with four activations that all 16 rows share,
-// so that sums never cross lanes. Nothing here may have external linkage or use a function that another file also instantiates:
-// the linker would keep one copy for all, and older processors would stop at it.
+// so that sums never cross lanes.
 #include <immintrin.h>
 
 #include <cstring>
 
-#include "ternary/ternary.h"
+#include "ternary/chunks.h"
 
 namespace wf {
 namespace {
 
-constexpr int64_t kFlushBlocks = 32'768;     // one token's plane 3 gains at most 4 * 128 * 127 a block: below 2^31
-constexpr int64_t kGroupBlocks = kGroup / kBlockColumns;
-constexpr int64_t kChunkBytes = 512 * 1024;  // activations that stay in the second-level cache while panels pass
-constexpr int64_t kChunkTokens = 1024;
-constexpr int kTileTokens = 8;
-constexpr int kPrefetch = 2048;  // bytes ahead in each of the streams
-
-#define WF_INLINE [[gnu::always_inline]] inline
+constexpr int64_t kFlushBlocks = 32'768;  // one token's plane 3 gains at most 4 * 128 * 127 a block: below 2^31
+constexpr int kPrefetch = 2048;           // bytes ahead in each of the streams
 
 // sum + codes (unsigned bytes) times x (signed bytes), four neighbours to a lane.
 WF_INLINE __m512i dot(__m512i sum, __m512i codes, __m512i x) {
@@ -37,17 +30,6 @@ WF_INLINE __m512i broadcast(const int8_t* x) {
 }
 
 WF_INLINE __m512i bytes(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
-
-enum class Output { integer, scaled, grouped };
-
-// What a call computes; `panel` counts from 0, `token` from `tokens.codes`.
-struct Product {
-  TernaryMatrix w;
-  Activations x;  // of one chunk
-  void* y;        // of the chunk's first token: int32_t for Output::integer, else float
-  int64_t y_stride;
-  int32_t totals[kChunkTokens];  // sums of the tokens' codes
-};
 
 // Adds codes times x of P panels, `hop` bytes apart, and one token. Planes stay where they are in their bytes, which multiplies them by
 // 1, 4, 16 and 64: a mask each and no shift, and one division, which is exact, at the end. At most kFlushBlocks blocks.
@@ -136,7 +118,7 @@ template <Output kOutput, int P, int T>
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p) part[p][t] = _mm512_set1_epi32(-product.x.sums[(token + t) * groups + group]);
       }
-      accumulate(codes + first * kBlockBytes, hop * blocks * kBlockBytes, left < kGroupBlocks ? left : kGroupBlocks,
+      accumulate(codes + first * kBlockBytes, hop * blocks * kBlockBytes, least(left, kGroupBlocks),
                  x + first * kBlockColumns, stride, part);
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
@@ -148,7 +130,7 @@ template <Output kOutput, int P, int T>
     for (int p = 0; p < P; ++p) {
       const int64_t own = panel + p * hop;
       for (int t = 0; t < T; ++t) {
-        float* y = static_cast<float*>(product.y) + (token + t) * product.y_stride + own * kPanelRows;
+        float* y = result<float>(product, own, token + t);
         _mm512_mask_storeu_ps(y, rows_left(w, own), _mm512_mul_ps(sum[p][t], _mm512_set1_ps(product.x.scales[token + t])));
       }
     }
@@ -161,7 +143,7 @@ template <Output kOutput, int P, int T>
     }
     for (int64_t first = 0; first < blocks; first += kFlushBlocks) {
       const int64_t left = blocks - first;
-      accumulate(codes + first * kBlockBytes, hop * blocks * kBlockBytes, left < kFlushBlocks ? left : kFlushBlocks,
+      accumulate(codes + first * kBlockBytes, hop * blocks * kBlockBytes, least(left, kFlushBlocks),
                  x + first * kBlockColumns, stride, sum);
     }
 #pragma GCC unroll 8
@@ -171,7 +153,7 @@ template <Output kOutput, int P, int T>
       if constexpr (kOutput == Output::integer) {
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
-          int32_t* y = static_cast<int32_t*>(product.y) + (token + t) * product.y_stride + own * kPanelRows;
+          int32_t* y = result<int32_t>(product, own, token + t);
           _mm512_mask_storeu_epi32(y, rows, sum[p][t]);
         }
       } else {
@@ -179,7 +161,7 @@ template <Output kOutput, int P, int T>
                                                                : _mm512_set1_ps(w.scales[0]);
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
-          float* y = static_cast<float*>(product.y) + (token + t) * product.y_stride + own * kPanelRows;
+          float* y = result<float>(product, own, token + t);
           const __m512 both = _mm512_mul_ps(_mm512_set1_ps(product.x.scales[token + t]), scale);
           _mm512_mask_storeu_ps(y, rows, _mm512_mul_ps(_mm512_cvtepi32_ps(sum[p][t]), both));
         }
@@ -198,7 +180,7 @@ WF_INLINE void tile_of(int64_t tokens, const Product& product, int64_t panel, in
 }
 
 // Panels [begin, end) in P streams: each is read from its part of the range on, far from the others, as a hardware prefetcher wants it.
-template <Output kOutput, int P, int T>
+template <Output kOutput, int P, int64_t T>
 void panels(const Product& product, int64_t begin, int64_t end) {
   const int64_t part = (end - begin) / P, tokens = product.x.tokens;
   const int64_t tiles = ceil_div(tokens, kTileTokens);
@@ -213,28 +195,14 @@ void panels(const Product& product, int64_t begin, int64_t end) {
 
 template <Output kOutput, typename Value>
 void run(const TernaryMatrix& w, const Activations& x, int64_t begin, int64_t end, Value* y, int64_t y_stride) {
-  int64_t chunk = kChunkBytes / x.stride / kTileTokens * kTileTokens;
-  chunk = chunk < kTileTokens ? kTileTokens : chunk > kChunkTokens ? kChunkTokens : chunk;
-  Product product;
-  product.w = w;
-  product.y_stride = y_stride;
-  const int64_t groups = w.groups();
-  for (int64_t first = 0; first < x.tokens; first += chunk) {
-    const int64_t left = x.tokens - first;
-    product.x = {x.codes + first * x.stride, x.scales + first, x.sums + first * groups, left < chunk ? left : chunk, x.stride};
-    product.y = y + first * y_stride;
-    for (int64_t token = 0; token < product.x.tokens; ++token) {
-      int32_t total = 0;
-      for (int64_t group = 0; group < groups; ++group) total += product.x.sums[token * groups + group];
-      product.totals[token] = total;
-    }
+  for_chunks(w, x, y, y_stride, [=](const Product& product) {
     // 32 registers: few tokens leave room for four panels, which share the loads of activations.
     if (product.x.tokens <= 5) {
       panels<kOutput, 4, 5>(product, begin, end);
     } else {
       panels<kOutput, 2, kTileTokens>(product, begin, end);
     }
-  }
+  });
 }
 
 void matmul(const TernaryMatrix& w, const Activations& x, int64_t begin, int64_t end, float* y, int64_t y_stride) {
@@ -266,7 +234,7 @@ bool quantize(const float* x, int64_t columns, int64_t stride, int8_t* codes, fl
   *scale = 1.0F / inverse;
   const __m512 factor = _mm512_set1_ps(inverse);
   for (int64_t group = 0; group * kGroup < columns; ++group) {
-    const int64_t end = (group + 1) * kGroup < columns ? (group + 1) * kGroup : columns;
+    const int64_t end = least((group + 1) * kGroup, columns);
     __m512i sum = _mm512_setzero_si512();
     for (int64_t i = group * kGroup; i < end; i += 16) {
       const __mmask16 mask = columns_left(end - i);

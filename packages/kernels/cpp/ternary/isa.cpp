@@ -1,3 +1,7 @@
+#ifdef WF_X86
+#include <cpuid.h>
+#endif
+
 #include <cstring>
 #include <iterator>
 
@@ -18,6 +22,14 @@ bool has_dotprod() { return (getauxval(AT_HWCAP) >> 20 & 1) != 0; }             
 bool has_i8mm() { return has_dotprod() && (getauxval(AT_HWCAP2) >> 13 & 1) != 0; }  // HWCAP2_I8MM
 #endif
 
+#ifdef WF_X86
+// Compilers disagree on the name for `__builtin_cpu_supports`.
+bool has_avxvnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+}
+#endif
+
 }  // namespace
 
 const char* name_of(Isa isa) {
@@ -31,6 +43,12 @@ const Kernels* kernels_of(Isa isa) {
       return &kScalar;
 #ifdef WF_X86
     // These ask the operating system too, whether it keeps the wide registers.
+    case Isa::avx2:
+      __builtin_cpu_init();
+      return __builtin_cpu_supports("avx2") ? &kAvx2 : nullptr;
+    case Isa::avxvnni:
+      __builtin_cpu_init();
+      return __builtin_cpu_supports("avx2") && has_avxvnni() ? &kAvxVnni : nullptr;
     case Isa::avx512:
       __builtin_cpu_init();
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
