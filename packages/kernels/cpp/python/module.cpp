@@ -6,11 +6,13 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "ternary/formats.h"
 #include "ternary/pool.h"
 #include "ternary/product.h"
 #include "ternary/ternary.h"
@@ -41,40 +43,77 @@ const wf::Kernels& kernels(const std::string& isa) {
 struct Matrix {
   wf::SharedMatrix shared;
 
-  Matrix(Input<int8_t> weights, Input<float> scale, int granularity) {
+  // `data` in one of the layouts of formats.h; `name` is that of the argument. Scales [1], [rows, 1] or [rows, groups].
+  Matrix(int layout, const std::string& name, Input<uint8_t> data, int64_t rows, int64_t columns, Input<float> scale, int granularity) {
+    const auto format = static_cast<wf::Format>(layout);
+    const int64_t bytes = wf::format_bytes(format, rows, columns);
+    if (bytes < 0 || static_cast<int64_t>(data.size()) < bytes) throw std::invalid_argument(name + ": too few bytes for its shape");
     auto made = std::make_shared<wf::OwnedMatrix>();
     wf::TernaryMatrix& view = made->view;
-    view = {nullptr, nullptr, static_cast<int64_t>(weights.shape(0)), static_cast<int64_t>(weights.shape(1)),
-            static_cast<wf::Granularity>(granularity)};
+    view = {nullptr, nullptr, rows, columns, static_cast<wf::Granularity>(granularity)};
+    const int64_t scales = wf::Granularity::tensor == view.granularity ? 1
+                           : wf::Granularity::row == view.granularity  ? rows
+                                                                       : rows * view.groups();
+    if (static_cast<int64_t>(scale.size()) != scales) throw std::invalid_argument("scale: a size that is not its granularity's");
     made->codes = wf::allocate<uint8_t>(view.bytes());
     if (view.granularity == wf::Granularity::group) {
       const int64_t groups = view.groups();
       made->scales = wf::allocate<float>(view.panels() * groups * wf::kPanelRows);
       std::fill_n(made->scales.get(), view.panels() * groups * wf::kPanelRows, 0.0F);
-      for (int64_t row = 0; row < view.rows; ++row) {
+      for (int64_t row = 0; row < rows; ++row) {
         for (int64_t group = 0; group < groups; ++group) {
-          const int64_t at = (row / wf::kPanelRows * groups + group) * wf::kPanelRows + row % wf::kPanelRows;
-          made->scales[at] = scale.data()[row * groups + group];
+          made->scales[group_scale(view, row, group)] = scale.data()[row * groups + group];
         }
       }
     } else {
-      made->scales = wf::allocate<float>(static_cast<int64_t>(scale.size()));
+      made->scales = wf::allocate<float>(scales);
       std::copy_n(scale.data(), scale.size(), made->scales.get());
     }
     view.codes = made->codes.get();
     view.scales = made->scales.get();
-    if (!wf::pack(weights.data(), view.rows, view.columns, made->codes.get())) {
-      throw std::invalid_argument("codes: a value other than -1, 0 and 1");
+    bool ternary;
+    {
+      const nb::gil_scoped_release others_may_run;
+      ternary = wf::pack_from(format, data.data(), rows, columns, made->codes.get());
     }
+    if (!ternary) throw std::invalid_argument(name + ": a code outside of -1, 0 and 1");
     shared = std::move(made);
   }
 
   const wf::TernaryMatrix& view() const { return shared->view; }
 
-  Output<int8_t> unpack() const {
-    auto out = wf::allocate<int8_t>(view().rows * view().columns);
-    wf::unpack(view().codes, view().rows, view().columns, out.get());
-    return array(std::move(out), {static_cast<size_t>(view().rows), static_cast<size_t>(view().columns)});
+  Output<uint8_t> unpack(int layout, int64_t bytes) const {
+    const auto format = static_cast<wf::Format>(layout);
+    const int64_t least = wf::format_bytes(format, view().rows, view().columns);
+    if (least < 0 || bytes < least) throw std::invalid_argument("layout: it cannot have this shape");
+    auto out = wf::allocate<uint8_t>(bytes);
+    {
+      const nb::gil_scoped_release others_may_run;
+      std::memset(out.get(), 0, static_cast<size_t>(bytes));
+      wf::unpack_to(format, view().codes, view().rows, view().columns, out.get());
+    }
+    return array(std::move(out), {static_cast<size_t>(bytes)});
+  }
+
+  Output<float> scale() const {
+    const wf::TernaryMatrix& w = view();
+    const auto rows = static_cast<size_t>(w.rows), groups = static_cast<size_t>(w.groups());
+    if (w.granularity == wf::Granularity::group) {
+      auto out = wf::allocate<float>(w.rows * w.groups());
+      for (int64_t row = 0; row < w.rows; ++row) {
+        for (int64_t group = 0; group < w.groups(); ++group) out[row * w.groups() + group] = w.scales[group_scale(w, row, group)];
+      }
+      return array(std::move(out), {rows, groups});
+    }
+    const bool one = w.granularity == wf::Granularity::tensor;
+    auto out = wf::allocate<float>(one ? 1 : w.rows);
+    std::copy_n(w.scales, one ? 1 : rows, out.get());
+    return array(std::move(out), one ? std::vector<size_t>{1} : std::vector<size_t>{rows, 1});
+  }
+
+ private:
+  static int64_t group_scale(const wf::TernaryMatrix& w, int64_t row, int64_t group) {
+    return (row / wf::kPanelRows * w.groups() + group) * wf::kPanelRows + row % wf::kPanelRows;
   }
 };
 
@@ -138,11 +177,12 @@ NB_MODULE(_native, m) {
     return nb::make_tuple(array(std::move(codes), {x.shape(0), x.shape(1)}), array(std::move(q.scales), {x.shape(0), 1}));
   });
   nb::class_<Matrix>(m, "Matrix")
-      .def(nb::init<Input<int8_t>, Input<float>, int>())
+      .def(nb::init<int, const std::string&, Input<uint8_t>, int64_t, int64_t, Input<float>, int>())
       .def_prop_ro("rows", [](const Matrix& w) { return w.view().rows; })
       .def_prop_ro("columns", [](const Matrix& w) { return w.view().columns; })
       .def_prop_ro("nbytes", [](const Matrix& w) { return w.view().bytes(); })
-      .def("codes", &Matrix::unpack)
+      .def("scale", &Matrix::scale)
+      .def("unpack", &Matrix::unpack)
       .def("matmul", [](const Matrix& w, const std::string& isa, Input<float> x) { return products<float>({&w}, kernels(isa), x)[0]; })
       .def("matmul_integer",
            [](const Matrix& w, const std::string& isa, Input<float> x) { return products<int32_t>({&w}, kernels(isa), x)[0]; });

@@ -1,5 +1,5 @@
-// A converter goes through the panels by chunks of 256 columns, which every format's block divides: a row's chunk becomes 256 bytes of
-// codes 0..2, and these become 16 blocks' words of that row, or the other way round. All of it stays in the first-level cache.
+// A converter goes through the panels by chunks of 256 columns, which every format's block divides: a row's chunk becomes 256 bytes
+// of codes 0..2, and these become 16 blocks' words of that row, or the other way round. All of it stays in the first-level cache.
 #include <algorithm>
 #include <array>
 #include <bit>

@@ -1,4 +1,4 @@
-// Compares every instruction set that this processor has with the scalar reference: `ternary_check [names]`.
+// Compares every instruction set that this processor has with the scalar reference, and every layout with ours: `ternary_check [names]`.
 //
 // With names ("scalar,neon") it fails where other sets are available. Prints what it compared; exits 1 at the first difference.
 // Buffers have exactly the size that the kernels may touch, so that AddressSanitizer sees a read or write beyond it.
@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "ternary/formats.h"
 #include "ternary/ternary.h"
 
 namespace {
@@ -163,9 +164,35 @@ void not_finite(const wf::Kernels& isa) {
   }
 }
 
+// Every layout there and back, in buffers of the exact size, and refused where a code is not ternary.
+void formats() {
+  for (int i = 0; i <= static_cast<int>(wf::Format::q2_0); ++i) {
+    const auto format = static_cast<wf::Format>(i);
+    for (const int64_t rows : {1, 4, 15, 16, 20, 64, 100}) {
+      for (const int64_t columns : {1, 15, 64, 100, 128, 192, 256, 384, 512, 1280}) {
+        const int64_t bytes = wf::format_bytes(format, rows, columns);
+        if (bytes < 0) continue;
+        const std::string where = " format " + std::to_string(i) + ", " + std::to_string(rows) + " x " + std::to_string(columns);
+        const Matrix w(random_codes(rows * columns), rows, columns, Granularity::tensor);
+        std::vector<uint8_t> other(static_cast<size_t>(bytes), 0);
+        wf::unpack_to(format, w.view.codes, rows, columns, other.data());
+        Matrix back(std::vector<int8_t>(w.weights.size(), 1), rows, columns, Granularity::tensor);
+        if (!wf::pack_from(format, other.data(), rows, columns, back.codes.get())) fail("what was written is refused:" + where);
+        if (std::memcmp(back.view.codes, w.view.codes, static_cast<size_t>(w.view.bytes())) != 0) fail("another matrix:" + where);
+        if (format == wf::Format::tq1_0) continue;  // whose every byte is digits
+        // Not in a scale: q2_0 begins with one, the others' last bytes may be one.
+        const size_t at = format == wf::Format::q2_0 ? 2 : 0;
+        other[at] = format == wf::Format::codes ? 2 : static_cast<uint8_t>(other[at] | 0x0c);
+        if (wf::pack_from(format, other.data(), rows, columns, back.codes.get())) fail("no ternary code is taken:" + where);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  formats();
   std::string names;
   for (int i = 0; wf::name_of(static_cast<wf::Isa>(i)) != nullptr; ++i) {
     const wf::Kernels* isa = wf::kernels_of(static_cast<wf::Isa>(i));

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_kernels import _native
+from bitnet_kernels._arrays import activations, array, check_size, contiguous, shape_of
+from bitnet_kernels.formats import CODES, GROUP, HF, type_named
 
 __all__ = [
     "TernaryMatrix",
@@ -26,9 +28,6 @@ __all__ = [
     "threads",
     "use_isa",
 ]
-
-GROUP = 128
-"""Columns that share a scale, where a row has several."""
 
 
 def available_isas() -> list[str]:
@@ -74,7 +73,10 @@ def set_threads(count: int) -> None:
 
 
 _isa: str
-use_isa(os.environ.get("WF_ISA") or _native.best_isa())
+try:
+    use_isa(os.environ.get("WF_ISA") or _native.best_isa())
+except ValueError as error:
+    raise ValueError(f"WF_ISA: {error}") from None
 
 
 def quantize_activations(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -84,9 +86,10 @@ def quantize_activations(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDAr
         int8 codes `[tokens, features]` and float32 scales `[tokens, 1]`, which multiply to dequantise.
 
     Raises:
-        ValueError: for another shape or dtype, or a value that is not finite.
+        TypeError: for another dtype, or what is no array.
+        ValueError: for another shape, or a value that is not finite.
     """
-    return _native.quantize(_isa, _activations(x))
+    return _native.quantize(_isa, activations(x))
 
 
 class TernaryMatrix:
@@ -102,48 +105,128 @@ class TernaryMatrix:
         """Pack int8 codes `[rows, columns]` with a float32 scale `[1]`, `[rows, 1]` or `[rows, ceil(columns / 128)]`.
 
         Raises:
-            ValueError: for another shape or dtype, or a code that is not -1, 0 or 1.
+            TypeError: for another dtype, or what is no array.
+            ValueError: for another shape, or a code that is not -1, 0 or 1.
         """
-        if codes.ndim != 2 or codes.dtype != np.int8 or 0 in codes.shape:
-            raise ValueError(f"codes: int8 [rows, columns] is wanted, not {codes.dtype} {list(codes.shape)}")
-        rows, columns = codes.shape
-        granularity = {(1,): 0, (rows, 1): 1, (rows, -(-columns // GROUP)): 2}.get(scale.shape)
-        if granularity is None or scale.dtype != np.float32:
-            raise ValueError(f"scale: float32 [1], [rows, 1] or [rows, groups] is wanted, not {scale.dtype} {list(scale.shape)}")
-        self._matrix = _native.Matrix(np.ascontiguousarray(codes), np.ascontiguousarray(scale), granularity)
+        found = array("codes", codes, np.int8)
+        if found.ndim != 2 or 0 in found.shape:
+            raise ValueError(f"codes: a shape of [rows, columns] is wanted, not {list(found.shape)}")
+        rows, columns = found.shape
+        check_size("codes", rows, columns)
+        self._set(CODES, "codes", contiguous(found).view(np.uint8), rows, columns, scale)
+
+    @classmethod
+    def from_hf(cls, packed: NDArray[np.uint8], scale: NDArray[np.float32]) -> "TernaryMatrix":
+        """Return a matrix from the codes of a Hugging Face `bitnet` checkpoint, uint8 `[rows / 4, columns]`.
+
+        Args:
+            packed: byte (r, c) holds the rows r, r + rows / 4, r + rows / 2 and r + 3 rows / 4 from the lowest bits up.
+            scale: float32 `[1]`, `[rows, 1]` or `[rows, ceil(columns / 128)]`; multiplies to dequantise. Where a checkpoint
+                stores the inverse (`linear_class: bitlinear`), it is the caller's to invert.
+
+        Raises:
+            TypeError: for another dtype, or what is no array.
+            ValueError: for another shape, or the unused bit pair 3.
+        """
+        found = array("packed", packed, np.uint8)
+        if found.ndim != 2 or 0 in found.shape:
+            raise ValueError(f"packed: a shape of [rows / 4, columns] is wanted, not {list(found.shape)}")
+        check_size("packed", 4 * found.shape[0], found.shape[1])
+        matrix = cls.__new__(cls)
+        matrix._set(HF, "packed", contiguous(found), 4 * found.shape[0], found.shape[1], scale)
+        return matrix
+
+    @classmethod
+    def from_gguf(cls, type: str, data: NDArray[np.uint8] | bytes, shape: tuple[int, int]) -> "TernaryMatrix":  # noqa: A002
+        """Return a matrix from a GGUF tensor's bytes.
+
+        Args:
+            type: "i2_s", "tq1_0", "tq2_0" or "q2_0".
+            data: the bytes, in an array of any shape or a buffer.
+            shape: (rows, columns), which is the reverse of the order in the file.
+
+        Raises:
+            TypeError: for another dtype, or what is no buffer.
+            ValueError: for an unknown type, a width that it cannot have, a size that is not the shape's, a code that is not
+                ternary, or scales that differ within 128 columns.
+        """
+        rows, columns = shape_of("shape", shape)
+        kind = type_named(type, columns)
+        found = contiguous(array("data", data, np.uint8)).reshape(-1)
+        if found.size != kind.nbytes(rows, columns):
+            raise ValueError(f"data: {kind.name} {[rows, columns]} has {kind.nbytes(rows, columns)} bytes, not {found.size}")
+        matrix = cls.__new__(cls)
+        matrix._set(kind.number, "data", found, rows, columns, kind.read_scale(found, rows, columns))
+        return matrix
+
+    def _set(self, layout: int, name: str, data: NDArray[np.uint8], rows: int, columns: int, scale: NDArray[np.float32]) -> None:
+        scales = array("scale", scale, np.float32)
+        granularity = {(1,): 0, (rows, 1): 1, (rows, -(-columns // GROUP)): 2}.get(scales.shape)
+        if granularity is None:
+            groups = -(-columns // GROUP)
+            raise ValueError(f"scale: a shape of [1], [{rows}, 1] or [{rows}, {groups}] is wanted, not {list(scales.shape)}")
+        self._matrix = _native.Matrix(layout, name, data.reshape(-1), rows, columns, contiguous(scales), granularity)
         self.rows, self.columns, self.nbytes = rows, columns, self._matrix.nbytes
+
+    @property
+    def scale(self) -> NDArray[np.float32]:
+        """A copy of the scale, `[1]`, `[rows, 1]` or `[rows, ceil(columns / 128)]`; multiplies to dequantise."""
+        return self._matrix.scale()
 
     def codes(self) -> NDArray[np.int8]:
         """Return the int8 codes `[rows, columns]`."""
-        return self._matrix.codes()
+        return self._matrix.unpack(CODES, self.rows * self.columns).view(np.int8).reshape(self.rows, self.columns)
+
+    def to_hf(self) -> NDArray[np.uint8]:
+        """Return what `from_hf` takes as `packed`, uint8 `[rows / 4, columns]`.
+
+        Raises:
+            ValueError: if the rows are not a multiple of 4.
+        """
+        if self.rows % 4:
+            raise ValueError(f"rows: Hugging Face's layout needs a multiple of 4, not {self.rows}")
+        return self._matrix.unpack(HF, self.rows // 4 * self.columns).reshape(self.rows // 4, self.columns)
+
+    def to_gguf(self, type: str) -> NDArray[np.uint8]:  # noqa: A002
+        """Return a GGUF tensor's bytes, uint8 `[bytes]`, which hold exactly this matrix.
+
+        Args:
+            type: "i2_s", "tq1_0", "tq2_0" or "q2_0".
+
+        Raises:
+            ValueError: for an unknown type, or one that cannot hold this width or these scales.
+        """
+        kind = type_named(type, self.columns)
+        data = self._matrix.unpack(kind.number, kind.nbytes(self.rows, self.columns))
+        kind.write_scale(data, self.scale, self.rows, self.columns)
+        return data
 
     def matmul(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return `x @ weightᵀ`, `[tokens, rows]`, of float32 activations `[tokens, columns]`, which are quantised.
 
         Raises:
-            ValueError: for another shape or dtype, or a value that is not finite.
+            TypeError: for another dtype, or what is no array.
+            ValueError: for another shape, or a value that is not finite.
         """
-        return self._matrix.matmul(_isa, _activations(x, self.columns))
+        return self._matrix.matmul(_isa, activations(x, self.columns, self.rows))
 
     def matmul_integer(self, x: NDArray[np.float32]) -> NDArray[np.int32]:
         """Return the integer sums of the same product, before any scale."""
-        return self._matrix.matmul_integer(_isa, _activations(x, self.columns))
+        return self._matrix.matmul_integer(_isa, activations(x, self.columns, self.rows))
 
 
 def matmul_many(matrices: Sequence[TernaryMatrix], x: NDArray[np.float32]) -> list[NDArray[np.float32]]:
     """Return every matrix's `x @ weightᵀ` as `TernaryMatrix.matmul` does, quantising x once: q, k and v, or gate and up.
 
     Raises:
+        TypeError: for what is no matrix, or as `TernaryMatrix.matmul`.
         ValueError: for matrices of different widths, or as `TernaryMatrix.matmul`.
     """
+    for matrix in matrices:
+        if not isinstance(matrix, TernaryMatrix):
+            raise TypeError(f"matrices: each is wanted to be a TernaryMatrix, not {type(matrix).__name__}")
     widths = {matrix.columns for matrix in matrices}
     if len(widths) > 1:
         raise ValueError(f"matrices: equal numbers of columns are wanted, not {sorted(widths)}")
-    return _native.matmul_many([matrix._matrix for matrix in matrices], _isa, _activations(x, *widths))
-
-
-def _activations(x: NDArray[np.float32], columns: int | None = None) -> NDArray[np.float32]:
-    if x.ndim != 2 or x.dtype != np.float32 or x.shape[1] != (columns or x.shape[1]) or x.shape[1] == 0:
-        wanted = f"float32 [tokens, {columns or 'features'}]"
-        raise ValueError(f"x: {wanted} is wanted, not {x.dtype} {list(x.shape)}")
-    return np.ascontiguousarray(x)
+    x = activations(x, next(iter(widths), None), sum(matrix.rows for matrix in matrices))
+    return _native.matmul_many([matrix._matrix for matrix in matrices], _isa, x)
