@@ -23,10 +23,26 @@ bool has_i8mm() { return has_dotprod() && (getauxval(AT_HWCAP2) >> 13 & 1) != 0;
 #endif
 
 #ifdef WF_X86
-// Compilers disagree on the name for `__builtin_cpu_supports`.
-bool has_avxvnni() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+// Asked of the processor itself: `__builtin_cpu_supports` is always false where zig is the compiler, and names differ between others.
+struct X86 {
+  bool avx2 = false, avxvnni = false, avx512 = false;
+
+  X86() {
+    const auto bit = [](unsigned value, int at) { return (value >> at & 1) != 0; };
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (__get_cpuid(1, &a, &b, &c, &d) == 0 || !bit(c, 27)) return;  // no xgetbv
+    unsigned kept = 0, upper = 0;  // the registers that the operating system keeps when it switches threads
+    __asm__("xgetbv" : "=a"(kept), "=d"(upper) : "c"(0));
+    if ((kept & 0x6) != 0x6 || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return;
+    avx2 = bit(b, 5);
+    avx512 = (kept & 0xe0) == 0xe0 && bit(b, 16) && bit(b, 30) && bit(b, 31) && bit(c, 11);  // F, BW, VL, VNNI
+    avxvnni = avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && bit(a, 4);
+  }
+};
+
+const X86& x86() {
+  static const X86 found;
+  return found;
 }
 #endif
 
@@ -42,19 +58,12 @@ const Kernels* kernels_of(Isa isa) {
     case Isa::scalar:
       return &kScalar;
 #ifdef WF_X86
-    // These ask the operating system too, whether it keeps the wide registers.
     case Isa::avx2:
-      __builtin_cpu_init();
-      return __builtin_cpu_supports("avx2") ? &kAvx2 : nullptr;
+      return x86().avx2 ? &kAvx2 : nullptr;
     case Isa::avxvnni:
-      __builtin_cpu_init();
-      return __builtin_cpu_supports("avx2") && has_avxvnni() ? &kAvxVnni : nullptr;
+      return x86().avxvnni ? &kAvxVnni : nullptr;
     case Isa::avx512:
-      __builtin_cpu_init();
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                     __builtin_cpu_supports("avx512vnni")
-                 ? &kAvx512
-                 : nullptr;
+      return x86().avx512 ? &kAvx512 : nullptr;
 #endif
 #if defined(__aarch64__)
     case Isa::neon:
