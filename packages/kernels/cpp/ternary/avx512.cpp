@@ -39,7 +39,7 @@ WF_INLINE void accumulate(const uint8_t* codes, int64_t hop, int64_t blocks, con
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) planes[p][k] = _mm512_setzero_si512();
+    for (int k = 0; k < 4; ++k) planes[p][k] = k == 0 ? sum[p][0] : _mm512_setzero_si512();
   }
   const __m512i masks[4] = {bytes(0x03), bytes(0x0c), bytes(0x30), bytes(0xc0)};
   for (int64_t block = 0; block < blocks; ++block) {
@@ -58,7 +58,7 @@ WF_INLINE void accumulate(const uint8_t* codes, int64_t hop, int64_t blocks, con
   for (int p = 0; p < P; ++p) {
     const __m512i low = _mm512_add_epi32(planes[p][0], _mm512_srai_epi32(planes[p][1], 2));
     const __m512i high = _mm512_add_epi32(_mm512_srai_epi32(planes[p][2], 4), _mm512_srai_epi32(planes[p][3], 6));
-    sum[p][0] = _mm512_add_epi32(sum[p][0], _mm512_add_epi32(low, high));
+    sum[p][0] = _mm512_add_epi32(low, high);
   }
 }
 
@@ -98,9 +98,9 @@ WF_INLINE __mmask16 rows_left(const TernaryMatrix& w, int64_t panel) {
   return static_cast<__mmask16>(rows >= kPanelRows ? 0xffff : (1 << rows) - 1);
 }
 
-// T tokens from `token` on with panels panel, panel + hop, ... (P of them).
+// T tokens from `token` on with the panels panel, panel + hop, ... (P of them).
 template <Output kOutput, int P, int T>
-[[gnu::noinline]] void tile(const Product& product, int64_t panel, int64_t hop, int64_t token) {
+WF_INLINE void tile(const Product& product, int64_t panel, int64_t hop, int64_t token) {
   const TernaryMatrix& w = product.w;
   const int64_t blocks = w.blocks(), groups = w.groups(), stride = product.x.stride;
   const uint8_t* codes = w.codes + panel * blocks * kBlockBytes;
@@ -171,11 +171,17 @@ template <Output kOutput, int P, int T>
 }
 
 template <Output kOutput, int P, int T>
-WF_INLINE void tile_of(int64_t tokens, const Product& product, int64_t panel, int64_t hop, int64_t token) {
+[[gnu::noinline]] void tiles(const Product& product, int64_t begin, int64_t end, int64_t hop, int64_t token) {
+  for (int64_t panel = begin; panel < end; ++panel) tile<kOutput, P, T>(product, panel, hop, token);
+}
+
+// The same, the number of tokens being known only now: T at most.
+template <Output kOutput, int P, int T>
+WF_INLINE void tiles_of(int64_t tokens, const Product& product, int64_t begin, int64_t end, int64_t hop, int64_t token) {
   if (tokens == T) {
-    tile<kOutput, P, T>(product, panel, hop, token);
+    tiles<kOutput, P, T>(product, begin, end, hop, token);
   } else if constexpr (T > 1) {
-    tile_of<kOutput, P, T - 1>(tokens, product, panel, hop, token);
+    tiles_of<kOutput, P, T - 1>(tokens, product, begin, end, hop, token);
   }
 }
 
@@ -184,10 +190,14 @@ template <Output kOutput, int P, int64_t T>
 void panels(const Product& product, int64_t begin, int64_t end) {
   const int64_t part = (end - begin) / P, tokens = product.x.tokens;
   const int64_t tiles = ceil_div(tokens, kTileTokens);
-  for (int64_t panel = begin; panel < begin + part; ++panel) {
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t token = tokens * i / tiles;
-      tile_of<kOutput, P, T>(tokens * (i + 1) / tiles - token, product, panel, part, token);
+  if (tiles == 1) {
+    tiles_of<kOutput, P, T>(tokens, product, begin, begin + part, part, 0);
+  } else {
+    for (int64_t panel = begin; panel < begin + part; ++panel) {
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t token = tokens * i / tiles;
+        tiles_of<kOutput, P, T>(tokens * (i + 1) / tiles - token, product, panel, panel + 1, part, token);
+      }
     }
   }
   if constexpr (P > 1) panels<kOutput, P / 2, T>(product, begin + part * P, end);
