@@ -1,10 +1,12 @@
 // The Python module: checked arrays in, arrays out. The typed face is in src/bitnet_kernels/__init__.py.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -15,6 +17,7 @@
 #include "ternary/formats.h"
 #include "ternary/pool.h"
 #include "ternary/product.h"
+#include "ternary/roofline.h"
 #include "ternary/ternary.h"
 
 namespace nb = nanobind;
@@ -150,6 +153,15 @@ std::vector<Output<T>> products(const std::vector<const Matrix*>& matrices, cons
   return out;
 }
 
+// Seconds that a function takes, without the GIL.
+template <typename Function>
+double seconds(Function function) {
+  const nb::gil_scoped_release others_may_run;
+  const auto start = std::chrono::steady_clock::now();
+  function();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
 template <typename T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);  // NOLINT(performance-no-int-to-ptr)
@@ -198,4 +210,44 @@ NB_MODULE(_native, m) {
   });
   m.def("threads", &wf::threads);
   m.def("set_threads", &wf::set_threads, nb::call_guard<nb::gil_scoped_release>());
+
+  // For the benchmarks: loops over matrices that no interpreter slows down, and what the processor can do at best.
+  m.def("time_kernel", [](const std::vector<const Matrix*>& matrices, const std::string& isa, Input<float> x, int repeats) {
+    const wf::Kernels& found = kernels(isa);
+    const wf::OwnedActivations q(found, x.data(), static_cast<int64_t>(x.shape(0)), static_cast<int64_t>(x.shape(1)));
+    int64_t rows = 0;
+    for (const Matrix* w : matrices) rows = std::max(rows, w->view().rows);
+    const auto y = wf::allocate<float>(q.view.tokens * rows);
+    return seconds([&] {
+      for (int i = 0; i < repeats; ++i) {
+        for (const Matrix* w : matrices) found.matmul(w->view(), q.view, 0, w->view().panels(), y.get(), w->view().rows);
+      }
+    });
+  });
+  m.def("time_products", [](const std::vector<const Matrix*>& matrices, const std::string& isa, Input<float> x, int repeats) {
+    const wf::Kernels& found = kernels(isa);
+    const auto tokens = static_cast<int64_t>(x.shape(0));
+    int64_t rows = 0;
+    for (const Matrix* w : matrices) rows = std::max(rows, w->view().rows);
+    const auto y = wf::allocate<float>(tokens * rows);
+    return seconds([&] {
+      for (int i = 0; i < repeats; ++i) {
+        for (const Matrix* w : matrices) wf::multiply(found, {w->shared}, x.data(), tokens, {y.get()});
+      }
+    });
+  });
+  m.def("time_read", [](const std::vector<const Matrix*>& matrices, int repeats) {
+    uint64_t read = 0;
+    const double taken = seconds([&] {
+      for (int i = 0; i < repeats; ++i) {
+        for (const Matrix* w : matrices) read |= wf::roofline_read(w->view().codes, w->view().bytes());
+      }
+    });
+    return std::pair(taken, read);  // what was read is of no use, but that it is wanted keeps the loops
+  });
+  m.def("time_dot", [](int64_t count) {
+    int64_t operations = 0;
+    const double taken = seconds([&] { operations = wf::roofline_dot(count); });
+    return std::pair(taken, operations);
+  });
 }
