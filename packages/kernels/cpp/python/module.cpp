@@ -22,6 +22,8 @@
 
 namespace nb = nanobind;
 
+void bind_runtime(nb::module_& m);  // runtime.cpp
+
 namespace {
 
 template <typename T>
@@ -250,4 +252,5 @@ NB_MODULE(_native, m) {
     const double taken = seconds([&] { operations = wf::roofline_dot(count); });
     return std::pair(taken, operations);
   });
+  bind_runtime(m);
 }

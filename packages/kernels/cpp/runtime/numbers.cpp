@@ -1,0 +1,168 @@
+#include "runtime/numbers.h"
+
+#include <bit>
+#include <cstring>
+#include <vector>
+
+namespace wf {
+namespace {
+
+template <typename T>
+T load(const uint8_t* bytes) {
+  T value;
+  std::memcpy(&value, bytes, sizeof(T));
+  return value;
+}
+
+float half_at(const uint8_t* bytes) { return half_to_float(load<uint16_t>(bytes)); }
+
+const uint8_t* row_bytes(const Tensor& tensor, int64_t row) {
+  const TypeSize& size = *size_of(tensor.type);
+  return reinterpret_cast<const uint8_t*>(tensor.data.data()) + row * (tensor.columns() / size.block * size.bytes);
+}
+
+// Layouts are ggml's; `bitnet_arch.gguf.types` and `.floats` describe and write them.
+
+void q4_1_block(const uint8_t* block, float* out) {
+  const float scale = half_at(block), minimum = half_at(block + 2);
+  for (int j = 0; j < 16; ++j) {
+    out[j] = static_cast<float>(block[4 + j] & 15) * scale + minimum;
+    out[j + 16] = static_cast<float>(block[4 + j] >> 4) * scale + minimum;
+  }
+}
+
+void q8_0_block(const uint8_t* block, float* out) {
+  const float scale = half_at(block);
+  for (int j = 0; j < 32; ++j) out[j] = static_cast<float>(static_cast<int8_t>(block[2 + j])) * scale;
+}
+
+void q6_k_block(const uint8_t* block, float* out) {
+  const uint8_t *low = block, *high = block + 128, *scales = block + 192;
+  const float whole = half_at(block + 208);
+  for (int half = 0; half < 2; ++half) {
+    for (int part = 0; part < 4; ++part) {
+      for (int j = 0; j < 32; ++j) {
+        const int nibble = low[64 * half + 32 * (part & 1) + j] >> (part < 2 ? 0 : 4) & 15;
+        const int code = (nibble | (high[32 * half + j] >> 2 * part & 3) << 4) - 32;
+        const int index = 128 * half + 32 * part + j;
+        out[index] = whole * static_cast<float>(static_cast<int8_t>(scales[index / 16])) * static_cast<float>(code);
+      }
+    }
+  }
+}
+
+void tq1_0_codes(const uint8_t* block, uint8_t* out) {
+  constexpr uint8_t kPowers[] = {1, 3, 9, 27, 81};
+  constexpr int kParts[][2] = {{5, 32}, {5, 16}, {4, 4}};  // trits a byte, bytes
+  for (const auto& [digits, count] : kParts) {
+    for (int digit = 0; digit < digits; ++digit) {
+      for (int j = 0; j < count; ++j) {
+        const auto shifted = static_cast<uint8_t>(block[j] * kPowers[digit]);
+        *out++ = static_cast<uint8_t>(shifted * 3 >> 8);
+      }
+    }
+    block += count;
+  }
+}
+
+void tq2_0_codes(const uint8_t* block, uint8_t* out) {
+  for (int half = 0; half < 2; ++half) {
+    for (int plane = 0; plane < 4; ++plane) {
+      for (int j = 0; j < 32; ++j) *out++ = block[32 * half + j] >> 2 * plane & 3;
+    }
+  }
+}
+
+void q2_0_codes(const uint8_t* block, uint8_t* out) {
+  for (int j = 0; j < 64; ++j) out[j] = block[j / 4] >> 2 * (j % 4) & 3;
+}
+
+void i2_s_codes(const uint8_t* block, uint8_t* out) {
+  for (int plane = 0; plane < 4; ++plane) {
+    for (int j = 0; j < 32; ++j) *out++ = block[j] >> (6 - 2 * plane) & 3;
+  }
+}
+
+}  // namespace
+
+bool is_ternary(Type type) { return type == Type::tq1_0 || type == Type::tq2_0 || type == Type::i2_s || type == Type::q2_0; }
+
+void float_row(const Tensor& tensor, int64_t row, float* out) {
+  const uint8_t* bytes = row_bytes(tensor, row);
+  const int64_t columns = tensor.columns();
+  switch (tensor.type) {
+    case Type::f32:
+      std::memcpy(out, bytes, static_cast<size_t>(columns) * sizeof(float));
+      return;
+    case Type::f16:
+      for (int64_t i = 0; i < columns; ++i) out[i] = half_at(bytes + 2 * i);
+      return;
+    case Type::bf16:
+      for (int64_t i = 0; i < columns; ++i) out[i] = std::bit_cast<float>(static_cast<uint32_t>(load<uint16_t>(bytes + 2 * i)) << 16);
+      return;
+    case Type::q4_1:
+      for (int64_t i = 0; i < columns; i += 32, bytes += 20) q4_1_block(bytes, out + i);
+      return;
+    case Type::q8_0:
+      for (int64_t i = 0; i < columns; i += 32, bytes += 34) q8_0_block(bytes, out + i);
+      return;
+    case Type::q6_k:
+      for (int64_t i = 0; i < columns; i += 256, bytes += 210) q6_k_block(bytes, out + i);
+      return;
+    default:
+      break;
+  }
+  const int64_t block = size_of(tensor.type)->block;
+  std::vector<uint8_t> codes(static_cast<size_t>(columns));
+  std::vector<float> scales(static_cast<size_t>(columns / block));
+  ternary_row(tensor, row, codes.data(), scales.data());
+  for (int64_t i = 0; i < columns; ++i) {
+    const float scale = scales[static_cast<size_t>(tensor.type == Type::i2_s ? 0 : i / block)];
+    out[i] = static_cast<float>(codes[static_cast<size_t>(i)] - 1) * scale;
+  }
+}
+
+void ternary_row(const Tensor& tensor, int64_t row, uint8_t* codes, float* scales) {
+  const uint8_t* bytes = row_bytes(tensor, row);
+  const int64_t columns = tensor.columns();
+  switch (tensor.type) {
+    case Type::tq1_0:
+      for (int64_t i = 0; i < columns; i += 256, bytes += 54) tq1_0_codes(bytes, codes + i), *scales++ = half_at(bytes + 52);
+      return;
+    case Type::tq2_0:
+      for (int64_t i = 0; i < columns; i += 256, bytes += 66) tq2_0_codes(bytes, codes + i), *scales++ = half_at(bytes + 64);
+      return;
+    case Type::q2_0:
+      for (int64_t i = 0; i < columns; i += 64, bytes += 18) q2_0_codes(bytes + 2, codes + i), *scales++ = half_at(bytes);
+      return;
+    case Type::i2_s:
+      for (int64_t i = 0; i < columns; i += 128, bytes += 32) i2_s_codes(bytes, codes + i);
+      *scales = load<float>(reinterpret_cast<const uint8_t*>(tensor.data.data()) + tensor.data.size() - kI2sTail);
+      return;
+    default:
+      return;
+  }
+}
+
+float half_to_float(uint16_t half) {
+  // The exponent is moved by a multiplication, which also makes denormals normal.
+  const uint32_t magnitude = half & 0x7fffU, sign = static_cast<uint32_t>(half & 0x8000U) << 16;
+  const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112F;
+  const uint32_t special = magnitude >= 0x7c00U ? 0x7f800000U : 0;
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | special | sign);
+}
+
+uint16_t float_to_half(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value), magnitude = bits & 0x7fffffffU;
+  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000U);
+  if (magnitude > 0x7f800000U) return static_cast<uint16_t>(sign | 0x7e00U);
+  if (magnitude >= 0x477ff000U) return static_cast<uint16_t>(sign | 0x7c00U);
+  if (magnitude < 0x38800000U) {  // denormal: the sum's last place is that of the smallest half, 2^-24
+    const float shifted = std::bit_cast<float>(magnitude) + 0.5F;
+    return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000U));
+  }
+  const uint32_t rounded = magnitude + 0xfffU + (magnitude >> 13 & 1);
+  return static_cast<uint16_t>(sign | ((rounded - 0x38000000U) >> 13));
+}
+
+}  // namespace wf
