@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,24 @@ def test_every_preset_runs_on_the_tiny_model(preset, overrides, capsys):
         assert [line["lambda"] for line in lines] == [0.0] * 3
     if preset == "lrc_calibration":
         assert any("lrc_u" in name for name in weights(directory))
+
+
+def test_of_conversations_only_the_answers_are_learnt(quick, tmp_path):
+    """Users say random words, which nothing can learn, and the assistant always the same; the control reads the same text whole."""
+    draw, folder = random.Random(0), tmp_path / "talks"
+    folder.mkdir()
+    questions = [" ".join(draw.choice(("red", "green", "blue", "black")) for _ in range(12)) for _ in range(300)]
+    talks = [[{"role": "user", "content": q}, {"role": "assistant", "content": "yes it is"}] for q in questions]
+    (folder / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    plain = [f"user: {question}\nassistant: yes it is\n" for question in questions]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in plain))
+    kept = [o for o in quick if not o.startswith(("training=", "data=", "data.sources"))]
+    kept += ["training=sft", "training.max_steps=60", "training.wandb=off", "training.learning_rate=5e-3"]
+    directory, lines = ran(kept, "data=chat", f"data.sources.0.path={folder / 'talks.jsonl'}")
+    whole = ["data=jsonl", f"data.sources.0.path={folder / 'texts.jsonl'}", f"output_dir={tmp_path / 'whole'}"]
+    _, control = ran(kept, *whole)
+    assert lines[-1]["loss"] < 0.3 < 0.8 < control[-1]["loss"]
+    assert load_model(directory / "model") is not None
 
 
 def test_four_steps_are_enough_for_three_phases(quick, capsys):
