@@ -26,7 +26,7 @@ bool quantize(const float* x, int64_t columns, int64_t stride, int8_t* codes, fl
   }
   if (largest >= 0x7f800000U) return false;
   const float absmax = std::bit_cast<float>(largest);
-  const float inverse = 127.0F / (absmax > 1e-5F ? absmax : 1e-5F);
+  const float inverse = 1.0F / (absmax > 1e-5F ? absmax : 1e-5F) * 127.0F;
   *scale = 1.0F / inverse;
   for (int64_t first = 0, group = 0; first < columns; first += kGroup, ++group) {
     const int64_t last = first + kGroup < columns ? first + kGroup : columns;

@@ -14,7 +14,7 @@ bool quantize(const float* x, int64_t columns, int64_t stride, int8_t* codes, fl
   uint32_t largest = 0;
   for (int64_t i = 0; i < columns; ++i) largest = std::max(largest, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffU);
   if (largest >= 0x7f800000U) return false;
-  const float inverse = 127.0F / std::max(std::bit_cast<float>(largest), 1e-5F);
+  const float inverse = 1.0F / std::max(std::bit_cast<float>(largest), 1e-5F) * 127.0F;
   *scale = 1.0F / inverse;
   std::memset(codes + columns, 0, static_cast<size_t>(stride - columns));
   for (int64_t group = 0; group * kGroup < columns; ++group) {

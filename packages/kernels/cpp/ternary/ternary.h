@@ -50,7 +50,8 @@ enum class Isa : int { scalar, avx2, avxvnni, avx512, neon, dotprod, i8mm };
 struct Kernels {
   Isa isa;
 
-  // Quantises one token as training does: q = round_half_even(x * (127 / max(absmax, 1e-5))), scale = 1 / that.
+  // Quantises one token as training does: q = round_half_even(x * inverse), scale = 1 / inverse, where
+  // inverse = 1 / max(absmax, 1e-5) * 127 is rounded twice: so torch divides a number by a tensor.
   // `codes` has room for a whole stride and is zero beyond `columns`. Returns false, and writes nothing, for a NaN or infinity.
   bool (*quantize)(const float* x, int64_t columns, int64_t stride, int8_t* codes, float* scale, int32_t* sums);
 

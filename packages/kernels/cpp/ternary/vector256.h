@@ -242,7 +242,7 @@ bool quantize(const float* x, int64_t columns, int64_t stride, int8_t* codes, fl
   if (top >= 0x7f800000U) return false;
   float absmax;
   std::memcpy(&absmax, &top, 4);
-  const float inverse = 127.0F / (absmax < 1e-5F ? 1e-5F : absmax);
+  const float inverse = 1.0F / (absmax < 1e-5F ? 1e-5F : absmax) * 127.0F;
   *scale = 1.0F / inverse;
   const __m256 factor = _mm256_set1_ps(inverse);
   for (int64_t group = 0; group * kGroup < columns; ++group) {

@@ -161,7 +161,7 @@ class TernaryMatrix:
 
     def _set(self, layout: int, name: str, data: NDArray[np.uint8], rows: int, columns: int, scale: NDArray[np.float32]) -> None:
         scales = array("scale", scale, np.float32)
-        granularity = {(1,): 0, (rows, 1): 1, (rows, -(-columns // GROUP)): 2}.get(scales.shape)
+        granularity = {(rows, -(-columns // GROUP)): 2, (rows, 1): 1, (1,): 0}.get(scales.shape)
         if granularity is None:
             groups = -(-columns // GROUP)
             raise ValueError(f"scale: a shape of [1], [{rows}, 1] or [{rows}, {groups}] is wanted, not {list(scales.shape)}")
