@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitnet_arch import kernel_ops
 from bitnet_arch.bitlinear import BitLinear, BitLinearLRC
 from bitnet_arch.errors import UserError
 from bitnet_arch.hadamard import rotate
@@ -33,6 +34,8 @@ class PackedBitLinear(nn.Module):
     With one scale for the matrix or a row, the integer product runs as a float32 matrix product whose every partial sum is an
     exactly represented integer, so the result does not depend on summation order, and equals integer arithmetic for
     `in_features` up to 132,104. With a scale for every 128 columns the sums are of scaled integers, in float32.
+
+    On the CPU the product is that of `bitnet_arch.kernel_ops`, where the package `bitnet-kernels` is installed.
 
     Nothing in it is trained, but a gradient passes to its input, straight through the rounding as in `BitLinear`, so that adapters
     and layers below it can be.
@@ -107,6 +110,7 @@ class PackedBitLinear(nn.Module):
 
     def _set_shape(self, rows: int, columns: int) -> None:
         self.out_features, self.in_features = rows, columns
+        kernel_ops.check_switch()
         if columns > MAX_EXACT_FEATURES:
             raise UserError(f"{columns} input features exceed the exact integer limit of {MAX_EXACT_FEATURES}")
 
@@ -131,6 +135,8 @@ class PackedBitLinear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """Quantise a prepared input and multiply it; the input's gradient goes straight through the rounding of activations."""
+        if kernel_ops.applies(x, self.weight):
+            return kernel_ops.ternary_linear(x, self.weight, self.weight_scale, self.bias)
         with torch.no_grad():
             y = self._integer_product(x)
         if torch.is_grad_enabled() and x.requires_grad:

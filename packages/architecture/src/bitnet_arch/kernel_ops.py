@@ -1,0 +1,180 @@
+"""`bitnet-kernels` as a torch operator: what `PackedBitLinear` multiplies with on the CPU, if the package is installed.
+
+`torch.ops.bitnet.ternary_linear(x, weight, weight_scale, bias)` has a fake implementation and a gradient, so that compiled graphs
+keep it whole. Its results are those of `PackedBitLinear` in plain torch, bit for bit with one scale for the matrix or a row; with a
+scale for every 128 columns, sums over groups are taken in another order.
+
+The environment variable `WF_KERNELS` says whether it is used: `auto` (or nothing) where the package is installed and has vector
+kernels for this processor, `on` always (and an error without the package), `off` never. `use_kernels` says the same while a program
+runs. Products run on the threads of `bitnet_kernels.set_threads`, not on torch's.
+
+A layer's weight stays in its own layout, in 2 bits. The kernels' layout of it, 2 bits more, is made at the first product and kept
+beside it as long as the tensor lives; it is made again when the tensor or its scale has changed, which torch counts, unless it
+was changed through `tensor.data`.
+"""
+
+import os
+import weakref
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+from bitnet_arch.errors import UserError
+from bitnet_arch.packing import CODES_PER_BYTE, code_planes, unpack_codes
+from bitnet_arch.quant import expand_scale
+
+try:
+    import bitnet_kernels
+    from bitnet_kernels import _native
+except ModuleNotFoundError as error:
+    if error.name != "bitnet_kernels":
+        raise
+    bitnet_kernels = None  # type: ignore[assignment]
+
+Switch = Literal["auto", "on", "off"]
+
+_switch = os.environ.get("WF_KERNELS") or "auto"
+
+
+def use_kernels(switch: Switch) -> None:
+    """Say whether packed layers use `bitnet-kernels` from here on, see the module.
+
+    Raises:
+        UserError: for another word, or for "on" where the package is missing.
+    """
+    global _switch
+    _check(switch)
+    _switch = switch
+
+
+def check_switch() -> None:
+    """Refuse a `WF_KERNELS` that cannot be followed. Layers call it when they are built.
+
+    Raises:
+        UserError: as `use_kernels`.
+    """
+    _check(_switch)
+
+
+def _check(switch: str) -> None:
+    if switch not in get_args(Switch):
+        raise UserError(f"WF_KERNELS is one of {', '.join(get_args(Switch))}, not '{switch}'")
+    if switch == "on" and bitnet_kernels is None:
+        raise UserError("WF_KERNELS=on needs the package bitnet-kernels: install bitnet-arch[kernels]")
+
+
+def applies(x: Tensor, weight: Tensor) -> bool:
+    """Return whether a product is one for the kernels: ordinary tensors on the CPU, and nothing that needs torch's own operators.
+
+    Args:
+        x: the input.
+        weight: packed codes.
+    """
+    if bitnet_kernels is None or _switch == "off" or x.device.type != "cpu" or weight.device.type != "cpu":
+        return False
+    if _switch == "auto" and bitnet_kernels.isa() == "scalar":
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    # A tensor made in inference mode does not count its changes, and sharded or fake ones have no memory to read.
+    ordinary = type(weight) is Tensor and type(x) in (Tensor, torch.nn.Parameter) and not weight.is_inference()
+    return ordinary and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+
+
+def ternary_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `quantised(x) · Wᵀ + bias` by the kernels. The gradient of x goes straight through its rounding; nothing else has one.
+
+    Args:
+        x: `[..., in]`, floating point.
+        weight: uint8 `[out / 4, in]`, codes as in `bitnet_arch.packing`.
+        weight_scale: `[1]`, `[out, 1]` or `[out, ceil(in / 128)]`; multiplies to dequantise.
+        bias: `[out]`, added in float32.
+
+    Returns:
+        `[..., out]` in x's dtype; NaN for tokens that hold a NaN or an infinity.
+
+    Raises:
+        UserError: for codes outside {-1, 0, 1}.
+    """
+    y: Tensor = _operator(x, weight, weight_scale, bias)
+    return y
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A weight in the kernels' layout, with aliases of what it was made from: their memory is not given away while this lives."""
+
+    owner: weakref.ref[Tensor]
+    weight: Tensor
+    scale: Tensor
+    made_from: tuple[int, int, int, int]
+    matrix: Any
+
+
+_prepared: dict[int, _Prepared] = {}
+
+
+def _matrix(weight: Tensor, scale: Tensor) -> Any:
+    """Return a weight in the kernels' layout, kept for as long as the tensor lives."""
+    if weight.is_inference() or scale.is_inference():  # from a compiled graph
+        return _pack(weight, scale)
+    now = (weight.data_ptr(), weight._version, scale.data_ptr(), scale._version)
+    key = id(weight)
+    found = _prepared.get(key)
+    if found is None or found.made_from != now or found.owner() is not weight:
+        owner = weakref.ref(weight, lambda gone: _prepared.pop(key, None) if _is_of(key, gone) else None)
+        found = _prepared[key] = _Prepared(owner, weight.detach(), scale.detach(), now, _pack(weight, scale))
+    return found.matrix
+
+
+def _is_of(key: int, owner: weakref.ref[Tensor]) -> bool:
+    found = _prepared.get(key)
+    return found is not None and found.owner is owner
+
+
+def _pack(weight: Tensor, scale: Tensor) -> Any:
+    return bitnet_kernels.TernaryMatrix(unpack_codes(weight).numpy(), scale.detach().float().contiguous().numpy())._matrix
+
+
+def _forward(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    rows = x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
+    y = rows.new_empty((*x.shape[:-1], CODES_PER_BYTE * weight.shape[0]))
+    matrix = _matrix(weight, weight_scale)
+    _native.multiply_at(matrix, bitnet_kernels.isa(), rows.data_ptr(), rows.numel() // weight.shape[1], y.data_ptr())
+    if bias is not None:
+        y += bias
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
+
+
+def _fake(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], CODES_PER_BYTE * weight.shape[0]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1], inputs[2])
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    weight, scale = ctx.saved_tensors
+    matrix = torch.cat(code_planes(weight)) * expand_scale(scale, weight.shape[1])
+    return gradient @ matrix.to(gradient.dtype), None, None, None
+
+
+_library = torch.library.Library("bitnet", "DEF")
+# Defined as below rather than by `torch.library.custom_op`, whose calls cost twice as much as a small product.
+_library.define(
+    "ternary_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_library.impl("ternary_linear", _forward, "CPU")
+torch.library.register_fake("bitnet::ternary_linear", _fake, lib=_library)
+torch.library.register_autograd("bitnet::ternary_linear", _backward, setup_context=_setup_context, lib=_library)
+_operator = torch.ops.bitnet.ternary_linear.default
+
+
+@register_flop_formula(torch.ops.bitnet.ternary_linear)
+def _flops(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * x_shape.numel() * CODES_PER_BYTE * weight_shape[0]
