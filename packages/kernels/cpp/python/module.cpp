@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "ternary/formats.h"
+#include "ternary/blocks_product.h"
 #include "ternary/pool.h"
 #include "ternary/product.h"
 #include "ternary/roofline.h"
@@ -155,6 +156,34 @@ std::vector<Output<T>> products(const std::vector<const Matrix*>& matrices, cons
   return out;
 }
 
+// A packed matrix of llama.cpp's blocks.
+struct Blocks {
+  wf::SharedBlocks shared;
+
+  Blocks(int type, Input<uint8_t> data, int64_t columns)
+      : shared(std::make_shared<const wf::OwnedBlocks>(static_cast<wf::BlockType>(type), data.data(), static_cast<int64_t>(data.shape(0)),
+                                                       columns)) {}
+
+  Output<float> matmul(const std::string& isa, Input<float> x) const {
+    const auto tokens = static_cast<int64_t>(x.shape(0));
+    auto y = wf::allocate<float>(tokens * shared->view.rows);
+    int64_t bad;
+    {
+      const nb::gil_scoped_release others_may_run;
+      bad = wf::multiply_blocks(kernels(isa).isa, shared, x.data(), tokens, y.get());
+    }
+    check_finite(bad);
+    return array(std::move(y), {x.shape(0), static_cast<size_t>(shared->view.rows)});
+  }
+
+  Output<float> rows(Input<int64_t> ids) const {
+    const wf::BlockMatrix& w = shared->view;
+    auto out = wf::allocate<float>(static_cast<int64_t>(ids.size()) * w.columns);
+    for (size_t i = 0; i < ids.size(); ++i) wf::unpack_row(w, ids.data()[i], out.get() + static_cast<int64_t>(i) * w.columns);
+    return array(std::move(out), {ids.size(), static_cast<size_t>(w.columns)});
+  }
+};
+
 // Seconds that a function takes, without the GIL.
 template <typename Function>
 double seconds(Function function) {
@@ -212,6 +241,13 @@ NB_MODULE(_native, m) {
   });
   m.def("threads", &wf::threads);
   m.def("set_threads", &wf::set_threads, nb::call_guard<nb::gil_scoped_release>());
+
+  m.def("row_bytes", [](int type, int64_t columns) { return wf::row_bytes(static_cast<wf::BlockType>(type), columns); });
+  nb::class_<Blocks>(m, "Blocks")
+      .def(nb::init<int, Input<uint8_t>, int64_t>())
+      .def_prop_ro("nbytes", [](const Blocks& w) { return w.shared->view.bytes(); })
+      .def("rows", &Blocks::rows)
+      .def("matmul", &Blocks::matmul);
 
   // For the benchmarks: loops over matrices that no interpreter slows down, and what the processor can do at best.
   m.def("time_kernel", [](const std::vector<const Matrix*>& matrices, const std::string& isa, Input<float> x, int repeats) {

@@ -19,6 +19,8 @@ from bitnet_kernels._arrays import activations, array, check_size, contiguous, s
 from bitnet_kernels.formats import CODES, GROUP, HF, type_named
 
 __all__ = [
+    "BLOCK_TYPES",
+    "BlockMatrix",
     "TernaryMatrix",
     "available_isas",
     "isa",
@@ -213,6 +215,59 @@ class TernaryMatrix:
     def matmul_integer(self, x: NDArray[np.float32]) -> NDArray[np.int32]:
         """Return the integer sums of the same product, before any scale."""
         return self._matrix.matmul_integer(_isa, activations(x, self.columns, self.rows))
+
+
+BLOCK_TYPES = ("q8_0", "q6_k", "q4_1")
+"""llama.cpp's types that a `BlockMatrix` can have."""
+
+
+class BlockMatrix:
+    """A matrix `[rows, columns]` of 8, 6 or 4 bits with a scale for each few columns: an embedding or a head.
+
+    It is made from the bytes that GGUF files hold, which are put in another order, and stands for exactly the same weights.
+    Activations are multiplied as the float32 they are, as training's head does it.
+
+    Attributes:
+        rows: rows.
+        columns: columns.
+        nbytes: bytes of codes and scales.
+    """
+
+    def __init__(self, data: NDArray[np.uint8], kind: str, columns: int) -> None:
+        """Pack uint8 `[rows, bytes of a row]` of a type in `BLOCK_TYPES`.
+
+        Raises:
+            ValueError: for another type, shape or dtype, or columns that are no multiple of the type's block (32, for q6_k 256).
+        """
+        if kind not in BLOCK_TYPES:
+            raise ValueError(f"kind: {' or '.join(BLOCK_TYPES)} is wanted, not '{kind}'")
+        wanted = _native.row_bytes(BLOCK_TYPES.index(kind), columns) if columns > 0 else 0
+        if wanted == 0:
+            raise ValueError(f"columns: {kind} needs a multiple of {256 if kind == 'q6_k' else 32}, not {columns}")
+        if data.ndim != 2 or data.dtype != np.uint8 or data.shape[1] != wanted or len(data) == 0:
+            raise ValueError(f"data: uint8 [rows, {wanted}] is wanted, not {data.dtype} {list(data.shape)}")
+        self._matrix = _native.Blocks(BLOCK_TYPES.index(kind), np.ascontiguousarray(data), columns)
+        self.rows, self.columns, self.nbytes = len(data), columns, self._matrix.nbytes
+
+    def lookup(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the float32 rows `[len(ids), columns]` of int64 ids `[n]`.
+
+        Raises:
+            ValueError: for another shape or dtype, or an id that is no row.
+        """
+        if ids.ndim != 1 or ids.dtype != np.int64:
+            raise ValueError(f"ids: int64 [n] is wanted, not {ids.dtype} {list(ids.shape)}")
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.rows:
+            raise ValueError(f"ids: from 0 to {self.rows - 1} are wanted, not {ids.min()} to {ids.max()}")
+        return self._matrix.rows(np.ascontiguousarray(ids))
+
+    def matmul(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return `x @ weightᵀ`, `[tokens, rows]`, of float32 activations `[tokens, columns]`, which are not quantised.
+
+        Raises:
+            ValueError: for another shape or dtype, or a value that is not finite.
+        """
+        return self._matrix.matmul(_isa, _activations(x, self.columns))
 
 
 def matmul_many(matrices: Sequence[TernaryMatrix], x: NDArray[np.float32]) -> list[NDArray[np.float32]]:

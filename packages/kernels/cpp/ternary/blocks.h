@@ -1,0 +1,59 @@
+// Matrices of 8, 6 and 4 bits with scales for short groups, for embeddings and heads: llama.cpp's Q8_0, Q6_K and Q4_1 in another order.
+//
+// Panels of 16 rows follow each other, in a panel its blocks, and in a block what a register of 16 rows wants next to each other:
+//
+//   q8_0  32 columns, 544 bytes:  f16 scale[16 rows], int8 code[32 columns][16 rows];                          w = scale * code
+//   q4_1  32 columns, 320 bytes:  f16 scale[16], f16 least[16], byte [16][16 rows] of columns j and j + 16;    w = scale * code + least
+//   q6_k 256 columns, 3360 bytes: f16 scale[16], then for each of 16 groups of 16 columns 208 bytes: int8 factor[16 rows],
+//                                 byte low[8][16 rows] of columns j and j + 8, byte high[4][16 rows] of columns j, j + 4, j + 8, j + 12;
+//                                 w = scale * factor * (code - 32)
+//
+// Activations stay float32. Training multiplies the head's floats with unquantised activations; 16-bit activations, one scale a token,
+// would miss that by more than 1e-5 of the largest logit where one activation stands out, and reading the weights takes longer than
+// multiplying floats does.
+#pragma once
+
+#include <cstdint>
+
+#include "ternary/ternary.h"
+
+namespace wf {
+
+enum class BlockType : int { q8_0, q6_k, q4_1 };
+
+// A packed matrix. Memory is the caller's, aligned to 64 bytes.
+struct BlockMatrix {
+  const uint8_t* data;
+  int64_t rows, columns;
+  BlockType type;
+
+  int64_t block_columns() const { return type == BlockType::q6_k ? 256 : 32; }
+  int64_t block_bytes() const { return type == BlockType::q6_k ? 3360 : type == BlockType::q8_0 ? 544 : 320; }
+  int64_t group_columns() const { return type == BlockType::q6_k ? 16 : 32; }
+  int64_t blocks() const { return columns / block_columns(); }
+  int64_t groups() const { return columns / group_columns(); }
+  int64_t panels() const { return ceil_div(rows, kPanelRows); }
+  int64_t panel_bytes() const { return blocks() * block_bytes(); }
+  int64_t bytes() const { return panels() * panel_bytes(); }
+};
+
+// Float32 activations of some tokens.
+struct FloatActivations {
+  const float* x;     // [tokens, stride]
+  const float* sums;  // [tokens, groups()]: of each group's columns, by `sum_groups`
+  int64_t tokens, stride;
+};
+
+// Bytes of a row as llama.cpp has it, or 0 where the type cannot have rows of so many columns.
+int64_t row_bytes(BlockType type, int64_t columns);
+
+// From llama.cpp's rows. `out` holds `bytes()`; rows beyond the last are zero.
+void pack_blocks(BlockType type, const uint8_t* data, int64_t rows, int64_t columns, uint8_t* out);
+
+// One row in float32, as an embedding looks it up.
+void unpack_row(const BlockMatrix& w, int64_t row, float* out);
+
+// What FloatActivations keeps of one token.
+void sum_groups(const BlockMatrix& w, const float* x, float* sums);
+
+}  // namespace wf

@@ -1,0 +1,11 @@
+// AVX2 with FMA and F16C.
+#include "ternary/simd256.h"
+// Lanes first, then what is written for them.
+#include "ternary/blocks_vector.h"
+#include "ternary/floats.h"
+
+namespace wf {
+
+const FloatKernels kAvx2Floats{matmul_blocks};
+
+}  // namespace wf

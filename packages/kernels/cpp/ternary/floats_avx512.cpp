@@ -1,0 +1,11 @@
+// AVX-512.
+#include "ternary/simd512.h"
+// Lanes first, then what is written for them.
+#include "ternary/blocks_vector.h"
+#include "ternary/floats.h"
+
+namespace wf {
+
+const FloatKernels kAvx512Floats{matmul_blocks};
+
+}  // namespace wf

@@ -1,0 +1,44 @@
+// Eight float32 lanes of AVX2, FMA and F16C under the names that simd512.h gives sixteen. Included inside files of one instruction set.
+#pragma once
+
+#include <immintrin.h>
+
+#include "ternary/chunks.h"
+
+namespace wf {
+namespace {
+
+using Floats = __m256;
+using Ints = __m256i;
+constexpr int kLanes = 8;
+
+WF_INLINE Floats zeros() { return _mm256_setzero_ps(); }
+WF_INLINE Floats all(float value) { return _mm256_set1_ps(value); }
+WF_INLINE Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
+WF_INLINE Floats load_halves(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+WF_INLINE __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(least(count, 8))), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+WF_INLINE Floats load_some(const float* p, int64_t count) { return _mm256_maskload_ps(p, first_lanes(count)); }
+WF_INLINE void store_some(float* p, Floats value, int64_t count) { _mm256_maskstore_ps(p, first_lanes(count), value); }
+WF_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+WF_INLINE Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+WF_INLINE Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+WF_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+WF_INLINE float sum_of(Floats value) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+WF_INLINE Ints widen_signed(const void* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))); }
+WF_INLINE Ints widen_unsigned(const void* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))); }
+WF_INLINE Floats to_floats(Ints value) { return _mm256_cvtepi32_ps(value); }
+WF_INLINE Ints low_nibble(Ints value) { return _mm256_and_si256(value, _mm256_set1_epi32(15)); }
+WF_INLINE Ints right(Ints value, unsigned by) { return _mm256_srli_epi32(value, static_cast<int>(by)); }
+WF_INLINE Ints left(Ints value, unsigned by) { return _mm256_slli_epi32(value, static_cast<int>(by)); }
+// low | (high & 0x30)
+WF_INLINE Ints with_high_bits(Ints low, Ints high) { return _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi32(0x30))); }
+
+}  // namespace
+}  // namespace wf

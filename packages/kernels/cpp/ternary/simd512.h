@@ -1,0 +1,38 @@
+// Sixteen float32 lanes of AVX-512 under the names that simd256.h gives eight of AVX2. Included inside files of one instruction set.
+#pragma once
+
+#include <immintrin.h>
+
+#include "ternary/chunks.h"
+
+namespace wf {
+namespace {
+
+using Floats = __m512;
+using Ints = __m512i;
+constexpr int kLanes = 16;
+
+WF_INLINE Floats zeros() { return _mm512_setzero_ps(); }
+WF_INLINE Floats all(float value) { return _mm512_set1_ps(value); }
+WF_INLINE Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
+WF_INLINE Floats load_halves(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+WF_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1); }
+WF_INLINE Floats load_some(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first_lanes(count), p); }
+WF_INLINE void store_some(float* p, Floats value, int64_t count) { _mm512_mask_storeu_ps(p, first_lanes(count), value); }
+WF_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+WF_INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+WF_INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+WF_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+WF_INLINE float sum_of(Floats value) { return _mm512_reduce_add_ps(value); }
+
+WF_INLINE Ints widen_signed(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+WF_INLINE Ints widen_unsigned(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+WF_INLINE Floats to_floats(Ints value) { return _mm512_cvtepi32_ps(value); }
+WF_INLINE Ints low_nibble(Ints value) { return _mm512_and_si512(value, _mm512_set1_epi32(15)); }
+WF_INLINE Ints right(Ints value, unsigned by) { return _mm512_srli_epi32(value, by); }
+WF_INLINE Ints left(Ints value, unsigned by) { return _mm512_slli_epi32(value, by); }
+// low | (high & 0x30)
+WF_INLINE Ints with_high_bits(Ints low, Ints high) { return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi32(0x30), 0xf8); }
+
+}  // namespace
+}  // namespace wf
