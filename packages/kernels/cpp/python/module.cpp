@@ -14,8 +14,8 @@
 #include <string>
 #include <vector>
 
-#include "ternary/formats.h"
 #include "ternary/blocks_product.h"
+#include "ternary/formats.h"
 #include "ternary/pool.h"
 #include "ternary/product.h"
 #include "ternary/roofline.h"

@@ -31,11 +31,12 @@ struct X86 {
     const auto bit = [](unsigned value, int at) { return (value >> at & 1) != 0; };
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (__get_cpuid(1, &a, &b, &c, &d) == 0 || !bit(c, 27)) return;  // no xgetbv
+    const bool with_floats = bit(c, 12) && bit(c, 29);  // FMA and F16C, which came before AVX2 in all but a few processors
     unsigned kept = 0, upper = 0;  // the registers that the operating system keeps when it switches threads
     __asm__("xgetbv" : "=a"(kept), "=d"(upper) : "c"(0));
     if ((kept & 0x6) != 0x6 || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return;
-    avx2 = bit(b, 5);
-    avx512 = (kept & 0xe0) == 0xe0 && bit(b, 16) && bit(b, 30) && bit(b, 31) && bit(c, 11);  // F, BW, VL, VNNI
+    avx2 = with_floats && bit(b, 5);
+    avx512 = avx2 && (kept & 0xe0) == 0xe0 && bit(b, 16) && bit(b, 30) && bit(b, 31) && bit(c, 11);  // F, BW, VL, VNNI
     avxvnni = avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && bit(a, 4);
   }
 };

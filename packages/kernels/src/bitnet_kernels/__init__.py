@@ -237,37 +237,44 @@ class BlockMatrix:
         """Pack uint8 `[rows, bytes of a row]` of a type in `BLOCK_TYPES`.
 
         Raises:
-            ValueError: for another type, shape or dtype, or columns that are no multiple of the type's block (32, for q6_k 256).
+            TypeError: for another dtype, or what is no array.
+            ValueError: for another type or shape, or columns that are no multiple of the type's block (32, for q6_k 256).
         """
         if kind not in BLOCK_TYPES:
             raise ValueError(f"kind: {' or '.join(BLOCK_TYPES)} is wanted, not '{kind}'")
+        check_size("columns", 1, columns)
         wanted = _native.row_bytes(BLOCK_TYPES.index(kind), columns) if columns > 0 else 0
         if wanted == 0:
             raise ValueError(f"columns: {kind} needs a multiple of {256 if kind == 'q6_k' else 32}, not {columns}")
-        if data.ndim != 2 or data.dtype != np.uint8 or data.shape[1] != wanted or len(data) == 0:
-            raise ValueError(f"data: uint8 [rows, {wanted}] is wanted, not {data.dtype} {list(data.shape)}")
-        self._matrix = _native.Blocks(BLOCK_TYPES.index(kind), np.ascontiguousarray(data), columns)
-        self.rows, self.columns, self.nbytes = len(data), columns, self._matrix.nbytes
+        found = array("data", data, np.uint8)
+        if found.ndim != 2 or found.shape[1] != wanted or len(found) == 0:
+            raise ValueError(f"data: a shape of [rows, {wanted}] is wanted, not {list(found.shape)}")
+        self._matrix = _native.Blocks(BLOCK_TYPES.index(kind), contiguous(found), columns)
+        self.rows, self.columns, self.nbytes = len(found), columns, self._matrix.nbytes
 
     def lookup(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the float32 rows `[len(ids), columns]` of int64 ids `[n]`.
+        """Return the float32 rows `[n, columns]` of int64 ids `[n]`.
 
         Raises:
-            ValueError: for another shape or dtype, or an id that is no row.
+            TypeError: for another dtype, or what is no array.
+            ValueError: for another shape, or an id that is no row.
         """
-        if ids.ndim != 1 or ids.dtype != np.int64:
-            raise ValueError(f"ids: int64 [n] is wanted, not {ids.dtype} {list(ids.shape)}")
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self.rows:
-            raise ValueError(f"ids: from 0 to {self.rows - 1} are wanted, not {ids.min()} to {ids.max()}")
-        return self._matrix.rows(np.ascontiguousarray(ids))
+        found = array("ids", ids, np.int64)
+        if found.ndim != 1:
+            raise ValueError(f"ids: a shape of [n] is wanted, not {list(found.shape)}")
+        if found.size and not 0 <= found.min() <= found.max() < self.rows:
+            raise ValueError(f"ids: from 0 to {self.rows - 1} are wanted, not {found.min()} to {found.max()}")
+        check_size("ids", found.size, self.columns)
+        return self._matrix.rows(contiguous(found))
 
     def matmul(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return `x @ weightᵀ`, `[tokens, rows]`, of float32 activations `[tokens, columns]`, which are not quantised.
 
         Raises:
-            ValueError: for another shape or dtype, or a value that is not finite.
+            TypeError: for another dtype, or what is no array.
+            ValueError: for another shape, or a value that is not finite.
         """
-        return self._matrix.matmul(_isa, _activations(x, self.columns))
+        return self._matrix.matmul(_isa, activations(x, self.columns, self.rows))
 
 
 def matmul_many(matrices: Sequence[TernaryMatrix], x: NDArray[np.float32]) -> list[NDArray[np.float32]]:
