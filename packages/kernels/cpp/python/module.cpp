@@ -201,6 +201,7 @@ T* at(uintptr_t address) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // a matrix may well live as long as the interpreter
   m.def("available_isas", [] {
     std::vector<std::string> names;
     for (int i = 0; i <= static_cast<int>(wf::Isa::i8mm); ++i) {

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_kernels import _native
-from bitnet_kernels._arrays import activations, array, check_size, contiguous, shape_of
+from bitnet_kernels._arrays import MOST_ELEMENTS, activations, array, check_size, contiguous, shape_of
 from bitnet_kernels.formats import CODES, GROUP, HF, type_named
 
 __all__ = [
@@ -67,8 +67,11 @@ def set_threads(count: int) -> None:
     """Let products run on that many threads from here on; with 1, on the caller's alone.
 
     Raises:
+        TypeError: for what is no integer.
         ValueError: for a number outside 1 to 64.
     """
+    if not isinstance(count, int):
+        raise TypeError(f"count: a number of threads is wanted, not {type(count).__name__}")
     if not 1 <= count <= MOST_THREADS:
         raise ValueError(f"count: from 1 to {MOST_THREADS} threads are possible, not {count}")
     _native.set_threads(count)
@@ -241,19 +244,19 @@ class BlockMatrix:
             ValueError: for another type or shape, or columns that are no multiple of the type's block (32, for q6_k 256).
         """
         if kind not in BLOCK_TYPES:
-            raise ValueError(f"kind: {' or '.join(BLOCK_TYPES)} is wanted, not '{kind}'")
-        check_size("columns", 1, columns)
-        wanted = _native.row_bytes(BLOCK_TYPES.index(kind), columns) if columns > 0 else 0
+            raise ValueError(f"kind: {' or '.join(BLOCK_TYPES)} is wanted, not {kind!r:.60}")
+        found = array("data", data, np.uint8)
+        rows, columns = shape_of("columns", (found.shape[0] if found.ndim == 2 else 1, columns))
+        wanted = _native.row_bytes(BLOCK_TYPES.index(kind), columns)
         if wanted == 0:
             raise ValueError(f"columns: {kind} needs a multiple of {256 if kind == 'q6_k' else 32}, not {columns}")
-        found = array("data", data, np.uint8)
-        if found.ndim != 2 or found.shape[1] != wanted or len(found) == 0:
+        if found.ndim != 2 or found.shape[1] != wanted:
             raise ValueError(f"data: a shape of [rows, {wanted}] is wanted, not {list(found.shape)}")
         self._matrix = _native.Blocks(BLOCK_TYPES.index(kind), contiguous(found), columns)
-        self.rows, self.columns, self.nbytes = len(found), columns, self._matrix.nbytes
+        self.rows, self.columns, self.nbytes = rows, columns, self._matrix.nbytes
 
     def lookup(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the float32 rows `[n, columns]` of int64 ids `[n]`.
+        """Return the float32 rows `[len(ids), columns]` of int64 ids `[n]`.
 
         Raises:
             TypeError: for another dtype, or what is no array.
@@ -262,9 +265,10 @@ class BlockMatrix:
         found = array("ids", ids, np.int64)
         if found.ndim != 1:
             raise ValueError(f"ids: a shape of [n] is wanted, not {list(found.shape)}")
-        if found.size and not 0 <= found.min() <= found.max() < self.rows:
+        if len(found) and not 0 <= found.min() <= found.max() < self.rows:
             raise ValueError(f"ids: from 0 to {self.rows - 1} are wanted, not {found.min()} to {found.max()}")
-        check_size("ids", found.size, self.columns)
+        if len(found) * self.columns > MOST_ELEMENTS:
+            raise ValueError(f"ids: at most {MOST_ELEMENTS} results are possible, not {len(found)} x {self.columns}")
         return self._matrix.rows(contiguous(found))
 
     def matmul(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
