@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from bitnet_arch.errors import UserError
-from bitnet_arch.packing import CODES_PER_BYTE, code_planes, unpack_codes
+from bitnet_arch.packing import CODES_PER_BYTE, check_packed, code_planes
 from bitnet_arch.quant import expand_scale
 
 try:
@@ -137,7 +137,8 @@ def _is_of(key: int, owner: weakref.ref[Tensor]) -> bool:
 
 
 def _pack(weight: Tensor, scale: Tensor) -> Any:
-    return bitnet_kernels.TernaryMatrix(unpack_codes(weight).numpy(), scale.detach().float().contiguous().numpy())._matrix
+    check_packed(weight)
+    return bitnet_kernels.TernaryMatrix.from_hf(weight.numpy(), scale.detach().float().numpy())._matrix
 
 
 def _forward(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
