@@ -1,14 +1,17 @@
 // The Python side of the decoder runtime.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <map>
+#include <atomic>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "capi/wf_engine.h"
 #include "runtime/gguf.h"
 #include "runtime/numbers.h"
 #include "ternary/memory.h"
@@ -73,6 +76,109 @@ class File {
   wf::Gguf parsed_;
 };
 
+void check(wf_status status) {
+  if (status == WF_OK) return;
+  if (status == WF_NO_MEMORY) {
+    PyErr_SetString(PyExc_MemoryError, wf_error_text());
+    throw nb::python_error();
+  }
+  if (status == WF_INTERNAL) throw std::runtime_error(wf_error_text());
+  if (status == WF_CANCELLED) {
+    PyErr_SetString(PyExc_InterruptedError, wf_error_text());
+    throw nb::python_error();
+  }
+  throw std::invalid_argument(wf_error_text());
+}
+
+using Array2 = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+
+Array2 matrix(wf::Buffer<float> data, int64_t rows, int64_t columns) {
+  float* pointer = data.release();
+  nb::capsule owner(pointer, [](void* p) noexcept { std::free(p); });
+  return Array2(pointer, {static_cast<size_t>(rows), static_cast<size_t>(columns)}, owner);
+}
+
+// An engine over the C API, so that what Python tests is what others link.
+class Engine {
+ public:
+  Engine(const std::string& path, int64_t slots, int64_t context, bool half_cache, const std::string& isa) {
+    const wf_options options{slots, context, half_cache ? WF_CACHE_F16 : WF_CACHE_F32, isa.c_str()};
+    wf_status status;
+    {
+      const nb::gil_scoped_release others_may_run;
+      status = wf_open(path.c_str(), &options, &engine_);
+    }
+    check(status);
+    check(wf_about(engine_, &info_));
+  }
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+  ~Engine() { wf_close(engine_); }
+
+  nb::dict about() const {
+    nb::dict found;
+    found["architecture"] = info_.architecture;
+    found["layers"] = info_.layers;
+    found["width"] = info_.width;
+    found["vocabulary"] = info_.vocabulary;
+    found["slots"] = info_.slots;
+    found["context"] = info_.context;
+    found["mask_token"] = info_.mask_token;
+    found["block_size"] = info_.block_size;
+    found["token_shift"] = info_.token_shift != 0;
+    return found;
+  }
+
+  // Returns logits, or what the head reads.
+  Array2 step(const std::vector<std::pair<int64_t, std::vector<int32_t>>>& sequences, int rows, bool bidirectional, bool hidden) {
+    std::vector<wf_sequence> wanted;
+    int64_t count = 0;
+    for (const auto& [slot, tokens] : sequences) {
+      wanted.push_back({slot, tokens.data(), static_cast<int64_t>(tokens.size()), bidirectional ? 1 : 0});
+      count += rows == WF_ROWS_ALL ? wanted.back().count : rows == WF_ROWS_LAST ? 1 : 0;
+    }
+    const int64_t width = hidden ? info_.width : info_.vocabulary;
+    auto results = wf::allocate<float>(count * width);
+    if (busy_.exchange(true)) throw std::invalid_argument("the engine runs a step in another thread: use one engine a thread");
+    wf_status status;
+    {
+      const nb::gil_scoped_release others_may_run;
+      float *logits = hidden ? nullptr : results.get(), *states = hidden ? results.get() : nullptr;
+      status = wf_step(engine_, wanted.data(), static_cast<int64_t>(wanted.size()), rows, logits, states);
+      busy_.store(false);
+    }
+    check(status);
+    return matrix(std::move(results), count, width);
+  }
+
+  int64_t length(int64_t slot) const {
+    int64_t found = 0;
+    check(wf_length(engine_, slot, &found));
+    return found;
+  }
+  void truncate(int64_t slot, int64_t length) { check(wf_truncate(engine_, slot, length)); }
+  void copy(int64_t from, int64_t to, int64_t length) { check(wf_copy(engine_, from, to, length)); }
+  void cancel() { wf_cancel(engine_); }
+  nb::tuple statistics() const {
+    wf_stats stats;
+    check(wf_statistics(engine_, &stats));
+    return nb::make_tuple(stats.steps, stats.tokens, stats.nanoseconds);
+  }
+
+ private:
+  wf_engine* engine_ = nullptr;
+  wf_info info_{};
+  std::atomic<bool> busy_{false};
+};
+
+int64_t sample(nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu> logits, float temperature, int64_t top_k, float top_p,
+               uint64_t seed, uint64_t index) {
+  const wf_sampler sampler{temperature, top_k, top_p, seed};
+  int64_t token = 0;
+  check(wf_sample(logits.data(), static_cast<int64_t>(logits.size()), &sampler, index, &token));
+  return token;
+}
+
 }  // namespace
 
 void bind_runtime(nb::module_& m) {
@@ -81,4 +187,14 @@ void bind_runtime(nb::module_& m) {
       .def("tensors", &File::tensors)
       .def("values", &File::values)
       .def("floats", &File::floats);
+  nb::class_<Engine>(m, "Engine")
+      .def(nb::init<std::string, int64_t, int64_t, bool, std::string>())
+      .def("about", &Engine::about)
+      .def("step", &Engine::step)
+      .def("length", &Engine::length)
+      .def("truncate", &Engine::truncate)
+      .def("copy", &Engine::copy)
+      .def("cancel", &Engine::cancel)
+      .def("statistics", &Engine::statistics);
+  m.def("sample", &sample);
 }

@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 
 from bitnet_kernels import _native
 from bitnet_kernels._arrays import MOST_ELEMENTS, activations, array, check_size, contiguous, shape_of
+from bitnet_kernels.engine import Engine, Statistics
 from bitnet_kernels.formats import CODES, GROUP, HF, type_named
 
 __all__ = [
     "BLOCK_TYPES",
     "BlockMatrix",
+    "Engine",
+    "Statistics",
     "TernaryMatrix",
     "available_isas",
     "isa",

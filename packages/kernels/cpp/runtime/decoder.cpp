@@ -1,0 +1,298 @@
+#include "runtime/decoder.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <optional>
+
+#include "runtime/head.h"
+#include "runtime/numbers.h"
+#include "runtime/ops.h"
+
+namespace wf {
+
+// One token on its way through the layers.
+struct Decoder::Row {
+  int64_t slot, position;
+  int64_t visible;  // positions of its slot that exist for it; causal: its own and those before
+  int32_t token;
+};
+
+// Memory of a chunk of rows. Every buffer is [rows, ...].
+struct Decoder::Scratch {
+  std::vector<float> x, normed, query, key, value, attended, gate, up, projected, prepared, adapted, scores, converted, turns;
+
+  Scratch(const Model& m, int64_t rows, int64_t context) {
+    const int64_t inner = m.heads * m.head_width, kv = m.kv_heads * m.head_width, widest = std::max({m.width, inner, m.ffn});
+    const auto size = [&](std::vector<float>& buffer, int64_t width) { buffer.resize(static_cast<size_t>(rows * width)); };
+    for (auto* buffer : {&x, &normed, &projected}) size(*buffer, m.width);
+    for (auto* buffer : {&query, &attended}) size(*buffer, inner);
+    for (auto* buffer : {&key, &value}) size(*buffer, kv);
+    for (auto* buffer : {&gate, &up}) size(*buffer, m.ffn);
+    size(prepared, widest);
+    size(turns, 2 * m.head_width);  // cos, sin, and those of sliding layers
+    scores.resize(static_cast<size_t>(m.heads / m.kv_heads * context));
+    converted.resize(static_cast<size_t>(m.head_width));
+  }
+};
+
+namespace {
+
+Error out_of(const char* what, int64_t value, const char* why) {
+  return {Kind::argument, std::string(what) + " is " + std::to_string(value) + ": " + why};
+}
+
+void norm_rows(const Norm& norm, const float* x, int64_t rows, int64_t width, float* out) {
+  if (!norm) {
+    std::copy_n(x, rows * width, out);
+    return;
+  }
+  for (int64_t row = 0; row < rows; ++row) rms_norm(x + row * width, norm.gain.data(), norm.epsilon, width, out + row * width);
+}
+
+void add(std::vector<float>& x, const std::vector<float>& y, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) x[static_cast<size_t>(i)] += y[static_cast<size_t>(i)];
+}
+
+}  // namespace
+
+Decoder::Decoder(std::shared_ptr<const Model> model, const DecoderOptions& options, int64_t context)
+    : model_(std::move(model)),
+      kernels_(options.kernels != nullptr ? *options.kernels : *kernels_of(best_isa())),
+      context_(context),
+      cache_(options.cache, options.slots, static_cast<int64_t>(model_->layers.size()), context, model_->kv_heads * model_->head_width),
+      lengths_(static_cast<size_t>(options.slots)) {}
+
+Result<std::unique_ptr<Decoder>> Decoder::create(std::shared_ptr<const Model> model, const DecoderOptions& options) {
+  if (options.slots < 1 || options.slots > 4096) return out_of("the number of slots", options.slots, "it must be from 1 to 4096");
+  const int64_t context = options.context == 0 ? model->context : options.context;
+  if (context < 1 || context > model->context) {
+    return out_of("the context", context, ("the model has from 1 to " + std::to_string(model->context) + " positions").c_str());
+  }
+  return std::unique_ptr<Decoder>(new Decoder(std::move(model), options, context));
+}
+
+std::optional<Error> Decoder::check(std::span<const Sequence> sequences) const {
+  std::vector<bool> seen(lengths_.size());
+  for (const Sequence& sequence : sequences) {
+    const auto slot = static_cast<size_t>(sequence.slot);
+    if (sequence.slot < 0 || slot >= lengths_.size()) return out_of("slot", sequence.slot, "there is no such slot");
+    if (seen[slot]) return out_of("slot", sequence.slot, "it is in the step twice");
+    seen[slot] = true;
+    const auto count = static_cast<int64_t>(sequence.tokens.size());
+    if (count == 0) return Error{Kind::argument, "a sequence has no tokens"};
+    if (sequence.bidirectional && count > kMostRows) return out_of("the block's size", count, "at most 256 tokens see each other");
+    if (count > context_ - lengths_[slot]) {
+      return Error{Kind::context, std::to_string(lengths_[slot] + count) + " tokens do not fit the context of " +
+                                      std::to_string(context_) + ": shorten the text or open the model with a larger context"};
+    }
+    for (const int32_t token : sequence.tokens) {
+      if (token < 0 || token >= model_->vocabulary) {
+        return out_of("a token", token, ("the model knows 0 to " + std::to_string(model_->vocabulary - 1)).c_str());
+      }
+    }
+  }
+  return {};
+}
+
+Result<Stats> Decoder::step(std::span<const Sequence> sequences, Rows wanted, float* logits, float* hidden) {
+  const auto begin = std::chrono::steady_clock::now();
+  if (const auto error = check(sequences)) return *error;
+  // Rows in the sequences' order; a chunk ends where kMostRows are reached, or before a block that would be cut.
+  std::vector<Row> rows;
+  std::vector<size_t> ends;
+  std::vector<bool> results;
+  size_t first = 0;
+  for (const Sequence& sequence : sequences) {
+    const int64_t start = lengths_[static_cast<size_t>(sequence.slot)], count = static_cast<int64_t>(sequence.tokens.size());
+    if (sequence.bidirectional && rows.size() - first + static_cast<size_t>(count) > kMostRows) ends.push_back(first = rows.size());
+    for (int64_t i = 0; i < count; ++i) {
+      if (rows.size() - first == kMostRows) ends.push_back(first = rows.size());
+      rows.push_back({sequence.slot, start + i, sequence.bidirectional ? start + count : start + i + 1, sequence.tokens[static_cast<size_t>(i)]});
+      results.push_back(wanted == Rows::all || (wanted == Rows::last && i + 1 == count));
+    }
+  }
+  ends.push_back(rows.size());
+
+  const int64_t width = model_->width, most = std::min<int64_t>(kMostRows, static_cast<int64_t>(rows.size()));
+  Scratch s(*model_, most, context_);
+  std::vector<float> heads(static_cast<size_t>(wanted == Rows::none ? 0 : most * width));
+  first = 0;
+  for (const size_t end : ends) {
+    if (end == first) continue;
+    if (auto error = forward(std::span(rows).subspan(first, end - first), s)) {
+      cancelled_.store(false);
+      return *error;
+    }
+    int64_t found = 0;
+    for (size_t row = first; row < end; ++row) {
+      if (!results[row]) continue;
+      rms_norm(s.x.data() + static_cast<int64_t>(row - first) * width, model_->output_norm.gain.data(), model_->output_norm.epsilon, width,
+               heads.data() + found++ * width);
+    }
+    if (logits != nullptr) {
+      multiply_head(model_, heads.data(), found, logits);
+      logits += found * model_->vocabulary;
+    }
+    if (hidden != nullptr) hidden = std::copy_n(heads.data(), found * width, hidden);
+    first = end;
+  }
+  for (const Sequence& sequence : sequences) lengths_[static_cast<size_t>(sequence.slot)] += static_cast<int64_t>(sequence.tokens.size());
+  const auto spent = std::chrono::steady_clock::now() - begin;
+  const Stats step{1, static_cast<int64_t>(rows.size()), std::chrono::duration_cast<std::chrono::nanoseconds>(spent).count()};
+  stats_ = {stats_.steps + 1, stats_.tokens + step.tokens, stats_.nanoseconds + step.nanoseconds};
+  return step;
+}
+
+std::optional<Error> Decoder::forward(std::span<const Row> rows, Scratch& s) {
+  const Model& m = *model_;
+  const auto count = static_cast<int64_t>(rows.size());
+  const int64_t pairs = m.head_width / 2;
+  for (int64_t i = 0; i < count; ++i) {
+    float* x = s.x.data() + i * m.width;
+    float_row(m.embedding, rows[static_cast<size_t>(i)].token, x);
+    for (int64_t j = 0; j < m.width; ++j) x[j] *= m.embedding_scale;
+    float* turns = s.turns.data() + i * 4 * pairs;
+    const auto position = static_cast<float>(rows[static_cast<size_t>(i)].position);
+    for (const auto* frequencies : {&m.frequencies, &m.local_frequencies}) {
+      for (int64_t j = 0; j < pairs; ++j) {
+        const float angle = position * (*frequencies)[static_cast<size_t>(j)];
+        turns[j] = std::cos(angle);
+        turns[pairs + j] = std::sin(angle);
+      }
+      turns += 2 * pairs;
+    }
+  }
+  for (size_t i = 0; i < m.layers.size(); ++i) {
+    if (cancelled_.load(std::memory_order_relaxed)) return Error{Kind::cancelled, "the step was cancelled"};
+    const Layer& layer = m.layers[i];
+    if (auto error = attend(layer, static_cast<int64_t>(i), rows, s)) return error;
+    if (auto error = feed_forward(layer, count, s)) return error;
+  }
+  return {};
+}
+
+std::optional<Error> Decoder::attend(const Layer& layer, int64_t index, std::span<const Row> rows, Scratch& s) {
+  const Model& m = *model_;
+  const auto count = static_cast<int64_t>(rows.size());
+  const int64_t inner = m.heads * m.head_width, kv = m.kv_heads * m.head_width, pairs = m.head_width / 2;
+  norm_rows(layer.attention_norm, s.x.data(), count, m.width, s.normed.data());
+  if (auto error = apply({&layer.query, &layer.key, &layer.value}, s.normed.data(), count, {s.query.data(), s.key.data(), s.value.data()}, s)) {
+    return error;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const Row& row = rows[static_cast<size_t>(i)];
+    const float* turns = s.turns.data() + i * 4 * pairs + (layer.local_rope ? 2 * pairs : 0);
+    const auto prepare = [&](float* heads, int64_t number, const Norm& norm) {
+      for (float* head = heads; head < heads + number * m.head_width; head += m.head_width) {
+        if (norm) rms_norm(head, norm.gain.data(), norm.epsilon, m.head_width, head);
+        rope(head, m.head_width, turns, turns + pairs, m.neighbour_rope);
+      }
+    };
+    prepare(s.query.data() + i * inner, m.heads, layer.query_norm);
+    prepare(s.key.data() + i * kv, m.kv_heads, layer.key_norm);
+    cache_.write(row.slot, index, Cache::keys, row.position, s.key.data() + i * kv);
+    cache_.write(row.slot, index, Cache::values, row.position, s.value.data() + i * kv);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    attend_row(layer.window, index, rows[static_cast<size_t>(i)], s.query.data() + i * inner, s.attended.data() + i * inner, s);
+  }
+  if (layer.attention_sub_norm) norm_rows(layer.attention_sub_norm, s.attended.data(), count, inner, s.attended.data());
+  if (auto error = apply({&layer.output}, s.attended.data(), count, {s.projected.data()}, s)) return error;
+  if (layer.post_attention_norm) norm_rows(layer.post_attention_norm, s.projected.data(), count, m.width, s.projected.data());
+  add(s.x, s.projected, count * m.width);
+  return {};
+}
+
+// Every head of one query over the positions that it sees.
+void Decoder::attend_row(int64_t window, int64_t layer, const Row& row, const float* query, float* out, Scratch& s) const {
+  const Model& m = *model_;
+  const int64_t group = m.heads / m.kv_heads, width = m.head_width;
+  const int64_t first = window > 0 ? std::max<int64_t>(0, row.position - window + 1) : 0;
+  const int64_t end = window > 0 ? std::min(row.visible, row.position + window) : row.visible, count = end - first;
+  std::fill_n(out, m.heads * width, 0.0F);
+  for (int64_t kv = 0; kv < m.kv_heads; ++kv) {
+    for (int64_t i = 0; i < count; ++i) {
+      const float* key = cache_.read(row.slot, layer, Cache::keys, first + i, kv * width, width, s.converted.data());
+      for (int64_t g = 0; g < group; ++g) {
+        s.scores[static_cast<size_t>(g * count + i)] = dot(query + (kv * group + g) * width, key, width) * m.attention_scale;
+      }
+    }
+    for (int64_t g = 0; g < group; ++g) softmax(s.scores.data() + g * count, count);
+    for (int64_t i = 0; i < count; ++i) {
+      const float* value = cache_.read(row.slot, layer, Cache::values, first + i, kv * width, width, s.converted.data());
+      for (int64_t g = 0; g < group; ++g) add_scaled(out + (kv * group + g) * width, value, s.scores[static_cast<size_t>(g * count + i)], width);
+    }
+  }
+}
+
+std::optional<Error> Decoder::feed_forward(const Layer& layer, int64_t tokens, Scratch& s) {
+  const Model& m = *model_;
+  norm_rows(layer.mlp_norm, s.x.data(), tokens, m.width, s.normed.data());
+  if (auto error = apply({&layer.gate, &layer.up}, s.normed.data(), tokens, {s.gate.data(), s.up.data()}, s)) return error;
+  activate(m.activation, s.gate.data(), s.up.data(), tokens * m.ffn);
+  if (layer.mlp_sub_norm) norm_rows(layer.mlp_sub_norm, s.gate.data(), tokens, m.ffn, s.gate.data());
+  if (auto error = apply({&layer.down}, s.gate.data(), tokens, {s.projected.data()}, s)) return error;
+  if (layer.post_mlp_norm) norm_rows(layer.post_mlp_norm, s.projected.data(), tokens, m.width, s.projected.data());
+  add(s.x, s.projected, tokens * m.width);
+  return {};
+}
+
+// Layers that read the same input: together where none changes it first.
+std::optional<Error> Decoder::apply(const std::vector<const Linear*>& layers, const float* x, int64_t tokens, const std::vector<float*>& y,
+                                    Scratch& s) const {
+  const bool together = std::none_of(layers.begin(), layers.end(), [](const Linear* layer) { return layer->changes_input(); });
+  if (!together && layers.size() > 1) {
+    for (size_t i = 0; i < layers.size(); ++i) {
+      if (auto error = apply({layers[i]}, x, tokens, {y[i]}, s)) return error;
+    }
+    return {};
+  }
+  const int64_t columns = layers[0]->columns();
+  if (!together) {
+    norm_rows(layers[0]->norm, x, tokens, columns, s.prepared.data());
+    for (int64_t token = 0; layers[0]->rotated && token < tokens; ++token) rotate(s.prepared.data() + token * columns, columns);
+    x = s.prepared.data();
+  }
+  std::vector<SharedMatrix> matrices;
+  for (const Linear* layer : layers) matrices.push_back(layer->matrix);
+  if (multiply(kernels_, matrices, x, tokens, y) >= 0) {
+    return Error{Kind::number, "a layer's input is not finite: the file's numbers are damaged or too large"};
+  }
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const Linear& layer = *layers[i];
+    s.adapted.resize(static_cast<size_t>(layer.rank));
+    for (int64_t token = 0; token < tokens; ++token) {
+      float* out = y[i] + token * layer.rows();
+      if (!layer.bias.empty()) add_scaled(out, layer.bias.data(), 1.0F, layer.rows());
+      if (layer.rank == 0) continue;
+      for (int64_t r = 0; r < layer.rank; ++r) {
+        s.adapted[static_cast<size_t>(r)] = dot(x + token * columns, layer.v_transposed.data() + r * columns, columns);
+      }
+      for (int64_t row = 0; row < layer.rows(); ++row) out[row] += dot(s.adapted.data(), layer.u.data() + row * layer.rank, layer.rank);
+    }
+  }
+  return {};
+}
+
+Result<int64_t> Decoder::length(int64_t slot) const {
+  if (slot < 0 || slot >= slots()) return out_of("slot", slot, "there is no such slot");
+  return lengths_[static_cast<size_t>(slot)];
+}
+
+Result<int64_t> Decoder::truncate(int64_t slot, int64_t length) {
+  const auto now = this->length(slot);
+  if (!now) return now.error();
+  if (length < 0 || length > *now) return out_of("the length", length, ("the slot holds " + std::to_string(*now) + " tokens").c_str());
+  return lengths_[static_cast<size_t>(slot)] = length;
+}
+
+Result<int64_t> Decoder::copy(int64_t from, int64_t to, int64_t length) {
+  const auto now = this->length(from), other = this->length(to);
+  if (!now || !other) return (now ? other : now).error();
+  if (length < 0 || length > *now) return out_of("the length", length, ("the slot holds " + std::to_string(*now) + " tokens").c_str());
+  if (from != to) cache_.copy(from, to, length);
+  return lengths_[static_cast<size_t>(to)] = length;
+}
+
+}  // namespace wf

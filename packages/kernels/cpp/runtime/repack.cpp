@@ -1,0 +1,170 @@
+#include "runtime/repack.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "runtime/numbers.h"
+
+namespace wf {
+namespace {
+
+constexpr float kNoScale = 1e-5F;  // of a matrix of zeros
+
+// Packs a row of codes, padded with 1 to whole blocks, into its place.
+void pack_row(const uint8_t* codes, int64_t blocks, uint8_t* first_block, int64_t row) {
+  for (int64_t block = 0; block < blocks; ++block, codes += kBlockColumns) {
+    uint32_t planes[4];
+    std::memcpy(planes, codes, sizeof planes);
+    const uint32_t packed = planes[0] | planes[1] << 2 | planes[2] << 4 | planes[3] << 6;
+    std::memcpy(first_block + block * kBlockBytes + row * 4, &packed, sizeof packed);
+  }
+}
+
+// A matrix while its rows are read: the scale of every group of 128 columns, and whether the group has a code other than zero.
+struct Scales {
+  int64_t rows, groups;
+  std::vector<float> of;
+  std::vector<uint8_t> live;
+
+  Scales(int64_t rows_, int64_t groups_)
+      : rows(rows_), groups(groups_), of(static_cast<size_t>(rows_ * groups_)), live(static_cast<size_t>(rows_ * groups_)) {}
+
+  float& at(int64_t row, int64_t group) { return of[static_cast<size_t>(row * groups + group)]; }
+  uint8_t& live_at(int64_t row, int64_t group) { return live[static_cast<size_t>(row * groups + group)]; }
+};
+
+const char* read_ternary(const Tensor& tensor, int64_t row, uint8_t* codes, float* block_scales, Scales& scales) {
+  const int64_t columns = tensor.columns();
+  ternary_row(tensor, row, codes, block_scales);
+  if (*std::max_element(codes, codes + columns) > 2) return "holds a code outside -1, 0 and 1";
+  const int64_t block = tensor.type == Type::i2_s ? columns : size_of(tensor.type)->block, step = std::min(block, kGroup);
+  for (int64_t first = 0; first < columns; first += step) {
+    const int64_t end = std::min(first + step, columns), group = first / kGroup;
+    const bool live = std::any_of(codes + first, codes + end, [](uint8_t code) { return code != 1; });
+    const float scale = block_scales[first / block];
+    if (!scales.live_at(row, group)) {
+      if (live || first % kGroup == 0) scales.at(row, group) = scale;
+      scales.live_at(row, group) = live;
+    } else if (live && scales.at(row, group) != scale) {
+      return "has scales that differ among 128 neighbours, which no layer here has";
+    }
+  }
+  return nullptr;
+}
+
+const char* read_floats(const Tensor& tensor, int64_t row, uint8_t* codes, float* values, Scales& scales) {
+  const int64_t columns = tensor.columns();
+  float_row(tensor, row, values);
+  for (int64_t first = 0; first < columns; first += kGroup) {
+    const int64_t end = std::min(first + kGroup, columns), group = first / kGroup;
+    float largest = 0;
+    for (int64_t i = first; i < end; ++i) largest = std::max(largest, std::fabs(values[i]));
+    for (int64_t i = first; i < end; ++i) {
+      if (values[i] != 0 && std::fabs(values[i]) != largest) {  // also NaN
+        return "is not ternary: its weights have more than one magnitude among 128 neighbours";
+      }
+      codes[i] = static_cast<uint8_t>(values[i] == 0 ? 1 : values[i] > 0 ? 2 : 0);
+    }
+    scales.at(row, group) = largest;
+    scales.live_at(row, group) = largest != 0;
+  }
+  return nullptr;
+}
+
+// Multiplies by a tensor of scales.
+const char* apply(const Tensor& extra, Scales& scales) {
+  const bool one = extra.elements() == 1;
+  const int64_t wide = extra.columns();
+  const bool fits = extra.shape.size() == 2 && extra.shape[0] == scales.rows && (wide == 1 || wide == scales.groups);
+  if (!one && !fits) return "has a shape that does not fit its matrix";
+  std::vector<float> factors(static_cast<size_t>(wide));
+  for (int64_t row = 0; row < scales.rows; ++row) {
+    if (row == 0 || !one) float_row(extra, row, factors.data());
+    for (int64_t group = 0; group < scales.groups; ++group) scales.at(row, group) *= factors[static_cast<size_t>(wide == 1 ? 0 : group)];
+  }
+  return nullptr;
+}
+
+// Chooses the coarsest granularity that says the same, and writes its scales. What scale a group of zeros has says nothing.
+void coarsen(Scales& scales, OwnedMatrix& out) {
+  bool by_row = true, by_tensor = true;
+  float one = kNoScale;
+  bool any = false;
+  std::vector<float> firsts(static_cast<size_t>(scales.rows), kNoScale);
+  for (int64_t row = 0; row < scales.rows; ++row) {
+    bool found = false;
+    float& first = firsts[static_cast<size_t>(row)];
+    for (int64_t group = 0; group < scales.groups; ++group) {
+      if (!scales.live_at(row, group)) continue;
+      const float scale = scales.at(row, group);
+      if (!found) first = scale;
+      if (!any) one = scale;
+      found = any = true;
+      by_row = by_row && scale == first;
+      by_tensor = by_tensor && scale == one;
+    }
+  }
+  TernaryMatrix& view = out.view;
+  if (by_tensor) {
+    view.granularity = Granularity::tensor;
+    out.scales = allocate<float>(1);
+    out.scales[0] = one;
+  } else if (by_row) {
+    view.granularity = Granularity::row;
+    out.scales = allocate<float>(scales.rows);
+    std::copy(firsts.begin(), firsts.end(), out.scales.get());
+  } else {
+    view.granularity = Granularity::group;
+    const int64_t count = view.panels() * scales.groups * kPanelRows;
+    out.scales = allocate<float>(count);
+    std::fill_n(out.scales.get(), count, 0.0F);
+    for (int64_t row = 0; row < scales.rows; ++row) {
+      for (int64_t group = 0; group < scales.groups; ++group) {
+        if (!scales.live_at(row, group)) continue;
+        out.scales[(row / kPanelRows * scales.groups + group) * kPanelRows + row % kPanelRows] = scales.at(row, group);
+      }
+    }
+  }
+  view.scales = out.scales.get();
+}
+
+}  // namespace
+
+Result<SharedMatrix> repack(const Gguf& file, const std::string& stem) {
+  const Tensor& tensor = *file.tensor(stem + "weight");
+  const auto fail = [&](const char* name, const char* why) { return Error{Kind::model, "tensor " + stem + name + " " + why}; };
+  auto made = std::make_shared<OwnedMatrix>();
+  TernaryMatrix& view = made->view;
+  view = {nullptr, nullptr, tensor.rows(), tensor.columns(), Granularity::tensor};
+  made->codes = allocate<uint8_t>(view.bytes());
+  view.codes = made->codes.get();
+
+  Scales scales(view.rows, view.groups());
+  const int64_t blocks = view.blocks();
+  std::vector<uint8_t> codes(static_cast<size_t>(blocks * kBlockColumns), 1);
+  std::vector<float> floats(static_cast<size_t>(view.columns));
+  const auto read = is_ternary(tensor.type) ? read_ternary : read_floats;
+  for (int64_t row = 0; row < view.rows; ++row) {
+    if (const char* why = read(tensor, row, codes.data(), floats.data(), scales)) return fail("weight", why);
+    pack_row(codes.data(), blocks, made->codes.get() + row / kPanelRows * blocks * kBlockBytes, row % kPanelRows);
+  }
+  // The rows that fill up the last panel.
+  std::fill(codes.begin(), codes.end(), uint8_t{1});
+  for (int64_t row = view.rows; row < view.panels() * kPanelRows; ++row) {
+    pack_row(codes.data(), blocks, made->codes.get() + row / kPanelRows * blocks * kBlockBytes, row % kPanelRows);
+  }
+  if (const Tensor* extra = file.tensor(stem + "scale")) {
+    if (const char* why = apply(*extra, scales)) return fail("scale", why);
+  }
+  for (const float scale : scales.of) {
+    if (!std::isfinite(scale)) return fail("weight", "has scales that are no numbers");
+  }
+  coarsen(scales, *made);
+  return SharedMatrix(std::move(made));
+}
+
+}  // namespace wf

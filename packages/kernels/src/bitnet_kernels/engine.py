@@ -1,0 +1,223 @@
+"""The decoder runtime: logits and texts of GGUF files, without torch.
+
+An engine computes the forward pass that the file's model was trained with (8-bit activations, one scale a token), for the stock
+architectures `bitnet`, `bitnet-25`, `bitnet-b1.58`, `llama`, `qwen2`, `qwen3` and `gemma3` with ternary matrices, and for
+`wrinklefree`.
+"""
+
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_kernels import _native
+
+Rows = Literal["none", "last", "all"]
+_ROWS: tuple[Rows, ...] = ("none", "last", "all")
+PREFILL = 256
+"""Tokens of a prompt that `generate` gives to a step: between steps it can be interrupted."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What an engine has done since it was opened.
+
+    Attributes:
+        steps: steps.
+        tokens: tokens that passed the layers.
+        seconds: time that the steps took.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+
+
+class Engine:
+    """A model in memory, with slots for sequences.
+
+    A slot holds the tokens of one sequence, and what the model has computed of them. What a step returns of a token depends on its
+    own sequence alone: not on the other slots, on how a prompt is cut into steps, or on the number of threads.
+
+    Attributes:
+        architecture: the file's `general.architecture`.
+        layers: blocks.
+        width: of the residual stream.
+        vocabulary: tokens.
+        slots: sequences that are held at once.
+        context: tokens that a slot can hold.
+        mask_token: of a diffusion model, else None.
+        block_size: of a diffusion model that decodes in blocks, else None.
+        token_shift: whether a diffusion model reads token i from position i - 1.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, slots: int = 1, context: int | None = None, cache: Literal["f32", "f16"] = "f32"
+    ) -> None:
+        """Open a GGUF file, with the instruction set that `bitnet_kernels.isa()` names.
+
+        Args:
+            path: the file. It is mapped into memory and must not change while the engine is open.
+            slots: sequences that are held at once.
+            context: tokens that a slot can hold; None for as many as the model can.
+            cache: what keys and values are kept in. With "f32" logits are those of training's forward, "f16" takes half the memory.
+
+        Raises:
+            ValueError: if the file is missing, damaged or no model that the decoder runs, or an option cannot be.
+            MemoryError: if there is not enough memory.
+        """
+        from bitnet_kernels import isa
+
+        if cache not in ("f32", "f16"):
+            raise ValueError(f"cache must be f32 or f16, not {cache!r}")
+        if slots < 1 or (context is not None and context < 1):
+            raise ValueError(f"slots and context must be at least 1, not {slots} and {context}")
+        self._engine = _native.Engine(os.fspath(path), slots, context or 0, cache == "f16", isa())
+        about = self._engine.about()
+        self.architecture: str = about["architecture"]
+        self.layers: int = about["layers"]
+        self.width: int = about["width"]
+        self.vocabulary: int = about["vocabulary"]
+        self.slots: int = about["slots"]
+        self.context: int = about["context"]
+        self.mask_token: int | None = about["mask_token"] if about["mask_token"] >= 0 else None
+        self.block_size: int | None = about["block_size"] or None
+        self.token_shift: bool = about["token_shift"]
+
+    def step(
+        self, sequences: Mapping[int, Sequence[int]], *, rows: Rows = "last", bidirectional: bool = False
+    ) -> NDArray[np.float32]:
+        """Append tokens to slots and return logits.
+
+        Args:
+            sequences: slot to tokens, at least one each.
+            rows: of which tokens logits are returned: of each sequence's last one, of all, or of none.
+            bidirectional: whether the tokens of one sequence of this step, at most 256, see each other in both directions, as the
+                blocks of a diffusion model do.
+
+        Returns:
+            float32 `[rows, vocabulary]`, in the order of `sequences`.
+
+        Raises:
+            ValueError: for a slot or token that is none, a full context, or numbers that are not finite. Slots are as they were.
+            InterruptedError: if `cancel` was called. Slots are as they were.
+        """
+        return self._step(sequences, rows, bidirectional, hidden=False)
+
+    def hidden_states(
+        self, sequences: Mapping[int, Sequence[int]], *, rows: Rows = "last", bidirectional: bool = False
+    ) -> NDArray[np.float32]:
+        """Append tokens as `step` does and return what the head reads, float32 `[rows, width]`."""
+        return self._step(sequences, rows, bidirectional, hidden=True)
+
+    def _step(self, sequences: Mapping[int, Sequence[int]], rows: Rows, bidirectional: bool, hidden: bool) -> NDArray[np.float32]:
+        if rows not in _ROWS:
+            raise ValueError(f"rows must be none, last or all, not {rows!r}")
+        for slot, tokens in sequences.items():
+            if not 0 <= slot < self.slots:
+                raise ValueError(f"slot is {slot}: the engine has 0 to {self.slots - 1}")
+            for token in tokens:
+                if not 0 <= token < self.vocabulary:
+                    raise ValueError(f"a token is {token}: the model knows 0 to {self.vocabulary - 1}")
+        given = [(int(slot), [int(token) for token in tokens]) for slot, tokens in sequences.items()]
+        return self._engine.step(given, _ROWS.index(rows), bidirectional, hidden)
+
+    def logits(self, tokens: Sequence[int], *, slot: int = 0) -> NDArray[np.float32]:
+        """Return the logits of every token of a text, float32 `[tokens, vocabulary]`, in a slot that is emptied first.
+
+        Raises:
+            ValueError: as `step`.
+        """
+        self.truncate(slot, 0)
+        return self.step({slot: tokens}, rows="all")
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Collection[int] = (),
+        slot: int = 0,
+    ) -> Iterator[int]:
+        """Return an iterator over the tokens that continue a prompt, in a slot that is emptied first.
+
+        Args:
+            prompt: at least one token.
+            max_tokens: how many tokens to generate at most.
+            temperature: 0 takes the most probable token.
+            top_k: draws from so many of the most probable tokens; 0 from all.
+            top_p: draws from the most probable tokens that together have this probability.
+            seed: decides all draws, together with their number in the text.
+            stop: tokens that end the text; they are not returned.
+            slot: the slot.
+
+        Raises:
+            ValueError: before anything is computed, for an option that cannot be, a text that does not fit the context, or a
+                diffusion model, which does not write from left to right.
+        """
+        if self.mask_token is not None:
+            raise ValueError("the file holds a diffusion model, which does not write from left to right: decode it in blocks")
+        if not prompt or max_tokens < 1:
+            raise ValueError(f"a prompt and max_tokens of at least 1 are needed, not {len(prompt)} and {max_tokens}")
+        if len(prompt) + max_tokens - 1 > self.context:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and {max_tokens} more do not fit the context of {self.context}: "
+                "shorten one of them"
+            )
+        _sample(np.zeros(1, np.float32), temperature, top_k, top_p, seed, 0)
+        self.truncate(slot, 0)
+        return self._continue(list(prompt), max_tokens, (temperature, top_k, top_p, seed), frozenset(stop), slot)
+
+    def _continue(
+        self, tokens: list[int], count: int, options: tuple[float, int, float, int], stop: frozenset[int], slot: int
+    ) -> Iterator[int]:
+        for start in range(0, len(tokens) - 1, PREFILL):
+            self.step({slot: tokens[start : min(start + PREFILL, len(tokens) - 1)]}, rows="none")
+        token = tokens[-1]
+        for index in range(count):
+            token = _sample(self.step({slot: [token]})[0], *options, index)
+            if token in stop:
+                return
+            yield token
+
+    def length(self, slot: int = 0) -> int:
+        """Return how many tokens a slot holds."""
+        return self._engine.length(slot)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget a slot's tokens from `length` on.
+
+        Raises:
+            ValueError: if it holds fewer.
+        """
+        self._engine.truncate(slot, length)
+
+    def copy(self, source: int, to: int, length: int) -> None:
+        """Let slot `to` begin with the first `length` tokens of slot `source`, instead of what it holds: a prefix that texts share.
+
+        Raises:
+            ValueError: if that holds fewer.
+        """
+        self._engine.copy(source, to, length)
+
+    def cancel(self) -> None:
+        """Make the step that runs in another thread, or else the next one, end with `InterruptedError`."""
+        self._engine.cancel()
+
+    def statistics(self) -> Statistics:
+        """Return what the engine has done."""
+        steps, tokens, nanoseconds = self._engine.statistics()
+        return Statistics(steps, tokens, nanoseconds / 1e9)
+
+
+def _sample(logits: NDArray[np.float32], temperature: float, top_k: int, top_p: float, seed: int, index: int) -> int:
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}: it must be from 0 to 2^64 - 1")
+    return _native.sample(logits, temperature, top_k, top_p, seed, index)
