@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "ternary/blocks_product.h"
+#include "ternary/floats.h"
 #include "ternary/formats.h"
 #include "ternary/pool.h"
 #include "ternary/product.h"
@@ -184,6 +185,52 @@ struct Blocks {
   }
 };
 
+// Keys and values of a layer that own their memory. Shapes are checked by the typed face.
+struct Kv {
+  wf::Buffer<uint8_t> keys, values;
+  wf::Buffer<float> key_scales, value_scales;
+  wf::KvCache view;
+  int64_t positions = 0;
+
+  Kv(int type, int64_t heads, int64_t head_dim, int64_t capacity) {
+    const auto kind = static_cast<wf::KvType>(type);
+    const int64_t bytes = heads * capacity * head_dim * (kind == wf::KvType::f16 ? 2 : 1);
+    const int64_t scales = kind == wf::KvType::f16 ? 0 : heads * capacity;
+    keys = wf::allocate<uint8_t>(bytes);
+    values = wf::allocate<uint8_t>(bytes);
+    key_scales = wf::allocate<float>(scales);
+    value_scales = wf::allocate<float>(scales);
+    view = {kind, heads, capacity, head_dim, keys.get(), values.get(), key_scales.get(), value_scales.get()};
+  }
+
+  void append(Input<float> k, Input<float> v) {
+    const auto tokens = static_cast<int64_t>(k.shape(0));
+    for (int64_t token = 0; token < tokens; ++token, ++positions) {
+      for (int64_t head = 0; head < view.heads; ++head) {
+        const int64_t at = (token * view.heads + head) * view.head_dim;
+        wf::store_kv(view, head, positions, k.data() + at, v.data() + at);
+      }
+    }
+  }
+
+  Output<float> attention(const std::string& isa, Input<float> q, Input<int64_t> ranges, float scale) const {
+    const wf::FloatKernels& found = wf::float_kernels(kernels(isa).isa);
+    const auto tokens = static_cast<int64_t>(q.shape(0)), heads = static_cast<int64_t>(q.shape(1)), group = heads / view.heads;
+    auto out = wf::allocate<float>(static_cast<int64_t>(q.size()));
+    {
+      const nb::gil_scoped_release others_may_run;
+      for (int64_t token = 0; token < tokens; ++token) {
+        const int64_t first = ranges.data()[2 * token], last = ranges.data()[2 * token + 1];
+        for (int64_t head = 0; head < view.heads; ++head) {
+          const int64_t at = (token * heads + head * group) * view.head_dim;
+          found.attention(view, head, q.data() + at, group, first, last, scale, out.get() + at);
+        }
+      }
+    }
+    return array(std::move(out), {q.shape(0), q.shape(1), q.shape(2)});
+  }
+};
+
 // Seconds that a function takes, without the GIL.
 template <typename Function>
 double seconds(Function function) {
@@ -249,6 +296,31 @@ NB_MODULE(_native, m) {
       .def_prop_ro("nbytes", [](const Blocks& w) { return w.shared->view.bytes(); })
       .def("rows", &Blocks::rows)
       .def("matmul", &Blocks::matmul);
+
+  m.def("rms_norm", [](const std::string& isa, Input<float> x, Input<float> weight, float epsilon) {
+    const auto columns = static_cast<int64_t>(x.shape(1));
+    auto y = wf::allocate<float>(static_cast<int64_t>(x.size()));
+    for (size_t token = 0; token < x.shape(0); ++token) {
+      const int64_t at = static_cast<int64_t>(token) * columns;
+      wf::float_kernels(kernels(isa).isa).rms_norm(x.data() + at, weight.data(), columns, epsilon, y.get() + at);
+    }
+    return array(std::move(y), {x.shape(0), x.shape(1)});
+  });
+  m.def("rope", [](const std::string& isa, Input<float> x, Input<float> cos, Input<float> sin) {
+    const auto heads = static_cast<int64_t>(x.shape(1)), dim = static_cast<int64_t>(x.shape(2)), half = static_cast<int64_t>(cos.shape(1));
+    auto y = wf::allocate<float>(static_cast<int64_t>(x.size()));
+    std::copy_n(x.data(), x.size(), y.get());
+    for (int64_t token = 0; token < static_cast<int64_t>(x.shape(0)); ++token) {
+      float* of_token = y.get() + token * heads * dim;
+      wf::float_kernels(kernels(isa).isa).rope(of_token, cos.data() + token * half, sin.data() + token * half, heads, dim, half);
+    }
+    return array(std::move(y), {x.shape(0), x.shape(1), x.shape(2)});
+  });
+  nb::class_<Kv>(m, "Kv")
+      .def(nb::init<int, int64_t, int64_t, int64_t>())
+      .def_ro("positions", &Kv::positions)
+      .def("append", &Kv::append)
+      .def("attention", &Kv::attention);
 
   // For the benchmarks: loops over matrices that no interpreter slows down, and what the processor can do at best.
   m.def("time_kernel", [](const std::vector<const Matrix*>& matrices, const std::string& isa, Input<float> x, int repeats) {

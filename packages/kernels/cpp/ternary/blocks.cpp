@@ -1,7 +1,8 @@
 #include "ternary/blocks.h"
 
-#include <bit>
 #include <cstring>
+
+#include "ternary/half.h"
 
 namespace wf {
 namespace {
@@ -11,10 +12,7 @@ constexpr int64_t kQ6Group = 208;
 float to_float(const uint8_t* half) {
   uint16_t bits;
   std::memcpy(&bits, half, 2);
-  const uint32_t sign = (bits & 0x8000U) << 16, rest = bits & 0x7fffU;
-  if (rest >= 0x7c00U) return std::bit_cast<float>(sign | 0x7f800000U | (rest & 0x3ffU) << 13);
-  if (rest >= 0x0400U) return std::bit_cast<float>(sign | ((rest << 13) + 0x38000000U));
-  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(static_cast<float>(rest) * 0x1p-24F));
+  return half_to_float(bits);
 }
 
 // One row of llama.cpp's Q6_K block into place: code (256), factors (16).

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ternary/blocks.h"
+#include "ternary/kv.h"
 
 namespace wf {
 
@@ -9,6 +10,19 @@ namespace wf {
 struct FloatKernels {
   // y[token * y_stride + row] of the rows of panels [begin, end).
   void (*matmul_blocks)(const BlockMatrix& w, const FloatActivations& x, int64_t begin, int64_t end, float* y, int64_t y_stride);
+
+  // y = x / sqrt(mean(x²) + epsilon) * weight; no weight where it is null. y may be x.
+  void (*rms_norm)(const float* x, const float* weight, int64_t columns, float epsilon, float* y);
+
+  // Rotates pairs (i, i + half) of each of `heads` vectors, `head_dim` apart, in place, by the angles of one position (NEOX's order):
+  // (a, b) becomes (a cos - b sin, b cos + a sin). What lies beyond 2 * half stays.
+  void (*rope)(float* x, const float* cos, const float* sin, int64_t heads, int64_t head_dim, int64_t half);
+
+  // out[h] = sum over positions p in [first, last) of softmax(scale * q[h] · key[p]) * value[p] for the `group` query heads h,
+  // [group, head_dim], that share a head of keys and values. The range is the mask: it ends behind the query's position (causal), begins
+  // a window before it (sliding), or ends with its block (bidirectional within one). An empty range gives zeros.
+  void (*attention)(const KvCache& cache, int64_t kv_head, const float* q, int64_t group, int64_t first, int64_t last, float scale,
+                    float* out);
 };
 
 // The kernels that go with an instruction set that is available; the scalar ones where it has none of its own.

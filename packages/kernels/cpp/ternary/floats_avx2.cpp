@@ -2,10 +2,11 @@
 #include "ternary/simd256.h"
 // Lanes first, then what is written for them.
 #include "ternary/blocks_vector.h"
+#include "ternary/decoder_vector.h"
 #include "ternary/floats.h"
 
 namespace wf {
 
-const FloatKernels kAvx2Floats{matmul_blocks};
+const FloatKernels kAvx2Floats{matmul_blocks, rms_norm, rope, attention};
 
 }  // namespace wf

@@ -1,8 +1,9 @@
 // The reference: what the other instruction sets are tested against. Sums are kept in double precision.
 #include <algorithm>
-#include <memory>
+#include <cmath>
 
 #include "ternary/floats.h"
+#include "ternary/half.h"
 #include "ternary/memory.h"
 
 namespace wf {
@@ -20,8 +21,57 @@ void matmul_blocks(const BlockMatrix& w, const FloatActivations& x, int64_t begi
   }
 }
 
+void rms_norm(const float* x, const float* weight, int64_t columns, float epsilon, float* y) {
+  double squares = 0.0;
+  for (int64_t i = 0; i < columns; ++i) squares += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  const float factor = 1.0F / std::sqrt(static_cast<float>(squares / static_cast<double>(columns)) + epsilon);
+  for (int64_t i = 0; i < columns; ++i) y[i] = x[i] * factor * (weight == nullptr ? 1.0F : weight[i]);
+}
+
+void rope(float* x, const float* cos, const float* sin, int64_t heads, int64_t head_dim, int64_t half) {
+  for (int64_t head = 0; head < heads; ++head, x += head_dim) {
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = x[i], b = x[i + half];
+      x[i] = a * cos[i] - b * sin[i];
+      x[i + half] = b * cos[i] + a * sin[i];
+    }
+  }
+}
+
+double element(const KvCache& cache, const void* of, const float* scales, int64_t row, int64_t i) {
+  const int64_t at = row * cache.head_dim + i;
+  if (cache.type == KvType::f16) return static_cast<double>(half_to_float(static_cast<const uint16_t*>(of)[at]));
+  return static_cast<double>(static_cast<const int8_t*>(of)[at]) * static_cast<double>(scales[row]);
+}
+
+void attention(const KvCache& cache, int64_t kv_head, const float* q, int64_t group, int64_t first, int64_t last, float scale,
+               float* out) {
+  const int64_t dim = cache.head_dim;
+  const auto weights = allocate<double>(last - first), sums = allocate<double>(dim);
+  for (int64_t head = 0; head < group; ++head, q += dim, out += dim) {
+    double largest = -HUGE_VAL, total = 0.0;
+    for (int64_t p = first; p < last; ++p) {
+      double score = 0.0;
+      for (int64_t i = 0; i < dim; ++i) {
+        score += static_cast<double>(q[i]) * element(cache, cache.keys, cache.key_scales, cache.row(kv_head, p), i);
+      }
+      weights[p - first] = score * static_cast<double>(scale);
+      largest = std::max(largest, weights[p - first]);
+    }
+    std::fill_n(sums.get(), dim, 0.0);
+    for (int64_t p = first; p < last; ++p) {
+      const double weight = std::exp(weights[p - first] - largest);
+      total += weight;
+      for (int64_t i = 0; i < dim; ++i) {
+        sums[i] += weight * element(cache, cache.values, cache.value_scales, cache.row(kv_head, p), i);
+      }
+    }
+    for (int64_t i = 0; i < dim; ++i) out[i] = last > first ? static_cast<float>(sums[i] / total) : 0.0F;
+  }
+}
+
 }  // namespace
 
-const FloatKernels kScalarFloats{matmul_blocks};
+const FloatKernels kScalarFloats{matmul_blocks, rms_norm, rope, attention};
 
 }  // namespace wf

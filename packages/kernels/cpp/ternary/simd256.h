@@ -25,6 +25,17 @@ WF_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 WF_INLINE Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 WF_INLINE Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 WF_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+WF_INLINE Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+WF_INLINE float largest_of(Floats value) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+WF_INLINE Ints to_ints(Floats value) { return _mm256_cvtps_epi32(value); }
+WF_INLINE Floats times_power_of_two(Floats value, Ints power) {
+  const Ints factor = _mm256_slli_epi32(_mm256_add_epi32(power, _mm256_set1_epi32(127)), 23);
+  return _mm256_mul_ps(value, _mm256_castsi256_ps(factor));
+}
 WF_INLINE float sum_of(Floats value) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));

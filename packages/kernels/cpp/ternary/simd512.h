@@ -23,6 +23,13 @@ WF_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 WF_INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 WF_INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 WF_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+WF_INLINE Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+WF_INLINE float largest_of(Floats value) { return _mm512_reduce_max_ps(value); }
+WF_INLINE Ints to_ints(Floats value) { return _mm512_cvtps_epi32(value); }
+WF_INLINE Floats times_power_of_two(Floats value, Ints power) {
+  const Ints factor = _mm512_slli_epi32(_mm512_add_epi32(power, _mm512_set1_epi32(127)), 23);
+  return _mm512_mul_ps(value, _mm512_castsi512_ps(factor));
+}
 WF_INLINE float sum_of(Floats value) { return _mm512_reduce_add_ps(value); }
 
 WF_INLINE Ints widen_signed(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }

@@ -1,0 +1,31 @@
+#include "ternary/kv.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "ternary/half.h"
+
+namespace wf {
+namespace {
+
+void store(const KvCache& cache, int64_t row, void* into, float* scales, const float* x) {
+  if (cache.type == KvType::f16) {
+    std::transform(x, x + cache.head_dim, static_cast<uint16_t*>(into) + row * cache.head_dim, float_to_half);
+    return;
+  }
+  float largest = 0.0F;
+  for (int64_t i = 0; i < cache.head_dim; ++i) largest = std::max(largest, std::fabs(x[i]));
+  const float inverse = largest > 0.0F ? 127.0F / largest : 0.0F;
+  scales[row] = largest / 127.0F;
+  std::transform(x, x + cache.head_dim, static_cast<int8_t*>(into) + row * cache.head_dim,
+                 [inverse](float value) { return static_cast<int8_t>(std::nearbyintf(value * inverse)); });
+}
+
+}  // namespace
+
+void store_kv(const KvCache& cache, int64_t head, int64_t position, const float* key, const float* value) {
+  store(cache, cache.row(head, position), cache.keys, cache.key_scales, key);
+  store(cache, cache.row(head, position), cache.values, cache.value_scales, value);
+}
+
+}  // namespace wf

@@ -1,0 +1,109 @@
+"""What surrounds the ternary products of a decoder: RMS norm, rotary embedding, attention over kept keys and values, in float32."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_kernels import _native, isa
+from bitnet_kernels._arrays import activations, array, check_size, contiguous
+
+KV_TYPES = ("f16", "int8")
+"""What a `KvCache` keeps: half precision, or 8 bits with a scale for each head's vector."""
+
+
+def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], epsilon: float) -> NDArray[np.float32]:
+    """Return `x / sqrt(mean(x²) + epsilon) * weight` of float32 `[tokens, features]` and weight `[features]`.
+
+    Raises:
+        TypeError: for another dtype, or what is no array.
+        ValueError: for another shape, or an epsilon that is negative or not finite.
+    """
+    found = activations(x)
+    if not 0 <= epsilon < np.inf:
+        raise ValueError(f"epsilon: a number from 0 on is wanted, not {epsilon}")
+    return _native.rms_norm(isa(), found, _shaped("weight", weight, (found.shape[1],)), epsilon)
+
+
+def rope(x: NDArray[np.float32], cos: NDArray[np.float32], sin: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return float32 `[tokens, heads, head_dim]` rotated by angles whose cosines and sines are `[tokens, half]`, in NEOX's order.
+
+    Features i and i + half of a head are a pair, as in transformers' `rotate_half`; features from 2 · half on stay as they are.
+
+    Raises:
+        TypeError: for another dtype, or what is no array.
+        ValueError: for another shape.
+    """
+    found = _shaped("x", x, (None, None, None))
+    tokens, _, head_dim = found.shape
+    cosines = _shaped("cos", cos, (tokens, None))
+    half = cosines.shape[1]
+    if not 0 < 2 * half <= head_dim:
+        raise ValueError(f"cos: from 1 to {head_dim // 2} angles a token are wanted, not {half}")
+    return _native.rope(isa(), found, cosines, _shaped("sin", sin, (tokens, half)))
+
+
+class KvCache:
+    """Keys and values of one layer, appended token by token, and attention over them."""
+
+    def __init__(self, kind: str, heads: int, head_dim: int, capacity: int) -> None:
+        """Make room for `capacity` positions of `heads` heads.
+
+        Raises:
+            ValueError: for a type that is not in `KV_TYPES`, or a size below 1.
+        """
+        if kind not in KV_TYPES:
+            raise ValueError(f"kind: {' or '.join(KV_TYPES)} is wanted, not '{kind}'")
+        for name, size in (("heads", heads), ("head_dim", head_dim), ("capacity", capacity)):
+            if size < 1:
+                raise ValueError(f"{name}: a number from 1 on is wanted, not {size}")
+        check_size("capacity", capacity, heads * head_dim)
+        self._cache = _native.Kv(KV_TYPES.index(kind), heads, head_dim, capacity)
+        self.heads, self.head_dim, self.capacity = heads, head_dim, capacity
+
+    def __len__(self) -> int:
+        return self._cache.positions
+
+    def append(self, keys: NDArray[np.float32], values: NDArray[np.float32]) -> None:
+        """Keep float32 keys and values `[tokens, heads, head_dim]` of the next positions.
+
+        Raises:
+            TypeError: for another dtype, or what is no array.
+            ValueError: for another shape, or more tokens than there is room for.
+        """
+        found = _shaped("keys", keys, (None, self.heads, self.head_dim))
+        if len(self) + len(found) > self.capacity:
+            raise ValueError(f"keys: there is room for {self.capacity - len(self)} tokens, not {len(found)}")
+        self._cache.append(found, _shaped("values", values, found.shape))
+
+    def attention(self, q: NDArray[np.float32], ranges: NDArray[np.int64], scale: float) -> NDArray[np.float32]:
+        """Return softmax(scale · q · keysᵀ) · values, `[tokens, query heads, head_dim]`.
+
+        Args:
+            q: float32 `[tokens, query heads, head_dim]`; each head of keys serves several query heads that follow each other.
+            ranges: int64 `[tokens, 2]`, the first position that a token attends to and the one behind the last. This is the mask:
+                (0, p + 1) is causal, (p + 1 - window, p + 1) a sliding window, (0, end of the block) bidirectional within a block.
+                Where a range is empty the result is 0.
+            scale: usually 1 / sqrt(head_dim).
+
+        Raises:
+            TypeError: for another dtype, or what is no array.
+            ValueError: for another shape, or a range that leaves the kept positions.
+        """
+        found = _shaped("q", q, (None, None, self.head_dim))
+        if found.shape[1] == 0 or found.shape[1] % self.heads:
+            raise ValueError(f"q: a multiple of {self.heads} heads is wanted, not {found.shape[1]}")
+        limits = contiguous(array("ranges", ranges, np.int64))
+        if limits.shape != (len(found), 2):
+            raise ValueError(f"ranges: a shape of [{len(found)}, 2] is wanted, not {list(limits.shape)}")
+        if limits.size and not (limits.min() >= 0 and limits.max() <= len(self) and (limits[:, 0] <= limits[:, 1]).all()):
+            raise ValueError(f"ranges: first <= last within 0 and {len(self)} are wanted")
+        return self._cache.attention(isa(), found, limits, scale)
+
+
+def _shaped(name: str, value: object, wanted: tuple[int | None, ...]) -> NDArray[Any]:
+    found = array(name, value, np.float32)
+    if found.ndim != len(wanted) or any(size not in (None, own) for size, own in zip(wanted, found.shape, strict=True)):
+        sizes = ", ".join("any" if size is None else str(size) for size in wanted)
+        raise ValueError(f"{name}: a shape of [{sizes}] is wanted, not {list(found.shape)}")
+    return contiguous(found)
