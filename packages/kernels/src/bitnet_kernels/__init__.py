@@ -249,12 +249,13 @@ class BlockMatrix:
         if kind not in BLOCK_TYPES:
             raise ValueError(f"kind: {' or '.join(BLOCK_TYPES)} is wanted, not {kind!r:.60}")
         found = array("data", data, np.uint8)
-        rows, columns = shape_of("columns", (found.shape[0] if found.ndim == 2 else 1, columns))
+        columns = shape_of("columns", (1, columns))[1]
         wanted = _native.row_bytes(BLOCK_TYPES.index(kind), columns)
         if wanted == 0:
             raise ValueError(f"columns: {kind} needs a multiple of {256 if kind == 'q6_k' else 32}, not {columns}")
-        if found.ndim != 2 or found.shape[1] != wanted:
+        if found.ndim != 2 or found.shape[1] != wanted or len(found) == 0:
             raise ValueError(f"data: a shape of [rows, {wanted}] is wanted, not {list(found.shape)}")
+        rows, columns = shape_of("data", (len(found), columns))
         self._matrix = _native.Blocks(BLOCK_TYPES.index(kind), contiguous(found), columns)
         self.rows, self.columns, self.nbytes = rows, columns, self._matrix.nbytes
 
