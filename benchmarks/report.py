@@ -75,12 +75,17 @@ def finish(title: str, rows: list[dict[str, Any]], bars: list[dict[str, Any]], p
                 table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in line.values()))
             console.print(table)
     if out is not None:
-        result = {"hardware": hardware(), "versions": versions(packages), "commit": commit(), "rows": rows, "bars": bars}
-        temporary = out.with_name(f".{out.name}.partial")
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
-        os.replace(temporary, out)
+        write(rows, bars, packages, out)
     if missed := [line["name"] for line in bars if not line["holds"]]:
         raise SystemExit(f"missed: {', '.join(missed)}")
+
+
+def write(rows: list[dict[str, Any]], bars: list[dict[str, Any]], packages: Sequence[str], out: Path) -> None:
+    """Write the JSON; a benchmark that runs long may do so after every result, too."""
+    result = {"hardware": hardware(), "versions": versions(packages), "commit": commit(), "rows": rows, "bars": bars}
+    temporary = out.with_name(f".{out.name}.partial")
+    temporary.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(temporary, out)
 
 
 def hardware() -> dict[str, Any]:
