@@ -1,7 +1,7 @@
 """The layer-wise stage against plain continued pre-training at equal tokens (experiment E5).
 
 uv run python benchmarks/layerwise.py --seeds 5 --json layerwise.json --plot docs/layerwise.png
-uv run python benchmarks/layerwise.py --tune --seeds 2        # what RATES were chosen by
+uv run python benchmarks/layerwise.py --tune --seeds 1        # learning rates, on seeds of their own
 
 A base model has read `speakers.py`'s plain text; its ternary copies go on reading, one part of the budget after another, under one
 learning-rate schedule. How far blocks are from the base's (free-running, in squared error over the square) and the cross-entropy of
