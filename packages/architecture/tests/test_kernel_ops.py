@@ -16,6 +16,7 @@ from bitnet_arch.kernel_ops import ternary_linear, use_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OPERATOR = torch.ops.bitnet.ternary_linear.default
+CORRECTION = torch.ops.bitnet.low_rank_corrected.default
 
 
 @pytest.fixture(autouse=True)
@@ -36,12 +37,14 @@ def packings(monkeypatch):
 
 
 class Calls(TorchDispatchMode):
-    """Counts calls of the operator."""
+    """Counts calls of an operator."""
 
-    count = 0
+    def __init__(self, operator):
+        super().__init__()
+        self.operator, self.count = operator, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is OPERATOR
+        self.count += func is self.operator
         return func(*args, **(kwargs or {}))
 
 
@@ -58,8 +61,8 @@ def in_torch(call):
         use_kernels("on")
 
 
-def calls_of(call):
-    with Calls() as calls:
+def calls_of(call, operator=OPERATOR):
+    with Calls(operator) as calls:
         call()
     return calls.count
 
@@ -291,14 +294,52 @@ def test_weights_made_in_inference_mode_stay_in_torch():
         assert calls_of(lambda: packed(torch.randn(2, 96))) == 1
 
 
-@pytest.mark.parametrize("lrc_dtype", ["float16", "int8"])
-def test_a_low_rank_correction_is_that_of_torch(lrc_dtype):
+# --------------------------------------------------------------------------------------------------- low-rank correction
+
+
+def corrected(lrc_dtype):
     torch.manual_seed(0)
     master = BitLinearLRC.random(BitLinear(96, 32), 5, lrc_dtype)
     master.lrc_u.data.normal_(std=0.1)
-    packed, x = PackedBitLinear.from_bitlinear(master), torch.randn(4, 96)
+    return PackedBitLinear.from_bitlinear(master)
+
+
+@pytest.mark.parametrize("lrc_dtype", ["float16", "int8"])
+def test_a_low_rank_correction_is_that_of_torch(lrc_dtype):
+    packed, x = corrected(lrc_dtype), torch.randn(2, 3, 96)
     with torch.no_grad():
         expected, found = in_torch(lambda: packed(x)), packed(x)
         plain = ternary_linear(x, packed.weight, packed.weight_scale, packed.bias)
+        assert calls_of(lambda: packed(x), CORRECTION) == 1
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (found - plain).abs().max() > 1e-2
+    torch.library.opcheck(CORRECTION, (plain, x, packed.lrc_u.detach(), packed.lrc_v.detach(), lrc_dtype))
+
+
+def test_adapters_are_trained_in_torch_and_followed_by_the_kernels():
+    packed, x, target = corrected("float16"), torch.randn(8, 96), torch.randn(8, 32)
+    assert calls_of(lambda: packed(x), CORRECTION) == 0
+    assert calls_of(lambda: packed(x)) == 1
+    optimizer, losses = torch.optim.Adam([packed.lrc_u, packed.lrc_v], 1e-2), []
+    for _ in range(5):
+        with torch.no_grad():
+            losses.append(float((packed(x) - target).square().mean()))
+            torch.testing.assert_close(packed(x), in_torch(lambda: packed(x)))
+        optimizer.zero_grad()
+        (packed(x) - target).square().mean().backward()
+        optimizer.step()
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_lower_precision_is_corrected_in_torch():
+    packed, x = corrected("float16"), torch.randn(8, 96)
+    with torch.no_grad():
+        assert calls_of(lambda: packed(x.bfloat16()), CORRECTION) == 0
+        with torch.autocast("cpu", torch.bfloat16):
+            assert calls_of(lambda: packed(x), CORRECTION) == 0
+
+
+def test_a_compiled_correction_is_one_graph():
+    packed, x = corrected("int8"), torch.randn(4, 96)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(packed, fullgraph=True, backend="aot_eager")(x), packed(x))

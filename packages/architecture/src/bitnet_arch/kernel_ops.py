@@ -15,6 +15,7 @@ was changed through `tensor.data`.
 
 import os
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -24,12 +25,14 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from bitnet_arch.errors import UserError
+from bitnet_arch.lrc.adapters import int8_adapter
 from bitnet_arch.packing import CODES_PER_BYTE, check_packed, code_planes
 from bitnet_arch.quant import expand_scale
 
 try:
     import bitnet_kernels
     from bitnet_kernels import _native
+    from bitnet_kernels.low_rank import LowRank
 except ModuleNotFoundError as error:
     if error.name != "bitnet_kernels":
         raise
@@ -104,31 +107,57 @@ def ternary_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor
     return y
 
 
+def corrects(y: Tensor, x: Tensor, u: Tensor, v: Tensor) -> bool:
+    """Return whether the kernels can add a low-rank correction, too: in float32, without gradients.
+
+    Args:
+        y: the product.
+        x: its input.
+        u: U.
+        v: V.
+    """
+    wanted = torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or u.requires_grad or v.requires_grad)
+    return not wanted and x.dtype == y.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+
+
+def low_rank_corrected(y: Tensor, x: Tensor, u: Tensor, v: Tensor, dtype: str) -> Tensor:
+    """Return `y + U Vᵀ x` by the kernels, with adapters as they are stored. No gradient.
+
+    Args:
+        y: float32 `[..., out]`.
+        x: float32 `[..., in]`.
+        u: `[out, rank]`, floating point.
+        v: `[in, rank]`, floating point.
+        dtype: what adapters are stored in, as in `bitnet_arch.lrc.adapters`.
+    """
+    corrected: Tensor = torch.ops.bitnet.low_rank_corrected.default(y, x, u, v, dtype)
+    return corrected
+
+
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A weight in the kernels' layout, with aliases of what it was made from: their memory is not given away while this lives."""
+    """What was made of two tensors for the kernels, with aliases of them: their memory is not given away while this lives."""
 
     owner: weakref.ref[Tensor]
-    weight: Tensor
-    scale: Tensor
-    made_from: tuple[int, int, int, int]
-    matrix: Any
+    aliases: tuple[Tensor, Tensor]
+    made_from: tuple[object, ...]
+    made: Any
 
 
 _prepared: dict[int, _Prepared] = {}
 
 
-def _matrix(weight: Tensor, scale: Tensor) -> Any:
-    """Return a weight in the kernels' layout, kept for as long as the tensor lives."""
-    if weight.is_inference() or scale.is_inference():  # from a compiled graph
-        return _pack(weight, scale)
-    now = (weight.data_ptr(), weight._version, scale.data_ptr(), scale._version)
-    key = id(weight)
+def _kept(make: Callable[..., Any], first: Tensor, second: Tensor, *how: str) -> Any:
+    """Return `make(first, second, *how)`, kept for as long as the first tensor lives and neither has changed."""
+    if first.is_inference() or second.is_inference():  # from a compiled graph
+        return make(first, second, *how)
+    now = (first.data_ptr(), first._version, second.data_ptr(), second._version, *how)
+    key = id(first)
     found = _prepared.get(key)
-    if found is None or found.made_from != now or found.owner() is not weight:
-        owner = weakref.ref(weight, lambda gone: _prepared.pop(key, None) if _is_of(key, gone) else None)
-        found = _prepared[key] = _Prepared(owner, weight.detach(), scale.detach(), now, _pack(weight, scale))
-    return found.matrix
+    if found is None or found.made_from != now or found.owner() is not first:
+        owner = weakref.ref(first, lambda gone: _prepared.pop(key, None) if _is_of(key, gone) else None)
+        found = _prepared[key] = _Prepared(owner, (first.detach(), second.detach()), now, make(first, second, *how))
+    return found.made
 
 
 def _is_of(key: int, owner: weakref.ref[Tensor]) -> bool:
@@ -141,10 +170,18 @@ def _pack(weight: Tensor, scale: Tensor) -> Any:
     return bitnet_kernels.TernaryMatrix.from_hf(weight.numpy(), scale.detach().float().numpy())._matrix
 
 
+def _pack_adapters(u: Tensor, v: Tensor, dtype: str) -> Any:
+    u, v = u.detach(), v.detach()
+    if dtype == "float16":
+        return LowRank(u.half().numpy(), v.half().numpy())._native
+    (u_codes, u_scale), (v_codes, v_scale) = int8_adapter(u), int8_adapter(v)
+    return LowRank(u_codes.numpy(), v_codes.numpy(), u_scale.numpy(), v_scale.numpy())._native
+
+
 def _forward(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
     y = rows.new_empty((*x.shape[:-1], CODES_PER_BYTE * weight.shape[0]))
-    matrix = _matrix(weight, weight_scale)
+    matrix = _kept(_pack, weight, weight_scale)
     _native.multiply_at(matrix, bitnet_kernels.isa(), rows.data_ptr(), rows.numel() // weight.shape[1], y.data_ptr())
     if bias is not None:
         y += bias
@@ -153,6 +190,17 @@ def _forward(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | Non
 
 def _fake(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], CODES_PER_BYTE * weight.shape[0]))
+
+
+def _corrected(y: Tensor, x: Tensor, u: Tensor, v: Tensor, dtype: str) -> Tensor:
+    rows, out = x.contiguous(), y.clone(memory_format=torch.contiguous_format)
+    adapters = _kept(_pack_adapters, u, v, dtype)
+    adapters.add_at(bitnet_kernels.isa(), rows.data_ptr(), rows.numel() // v.shape[0], out.data_ptr())
+    return out
+
+
+def _fake_corrected(y: Tensor, x: Tensor, u: Tensor, v: Tensor, dtype: str) -> Tensor:
+    return y.new_empty(y.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -173,6 +221,11 @@ _library.define(
 _library.impl("ternary_linear", _forward, "CPU")
 torch.library.register_fake("bitnet::ternary_linear", _fake, lib=_library)
 torch.library.register_autograd("bitnet::ternary_linear", _backward, setup_context=_setup_context, lib=_library)
+_library.define(
+    "low_rank_corrected(Tensor y, Tensor x, Tensor u, Tensor v, str dtype) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_library.impl("low_rank_corrected", _corrected, "CPU")
+torch.library.register_fake("bitnet::low_rank_corrected", _fake_corrected, lib=_library)
 _operator = torch.ops.bitnet.ternary_linear.default
 
 

@@ -217,7 +217,10 @@ class PackedBitLinearLRC(PackedBitLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in_features]` to `[..., out_features]` in x's dtype."""
         x = self.prepare(x)
-        return self.product(x) + correction(x, self.lrc_u, self.lrc_v, self.lrc_dtype)
+        y = self.product(x)
+        if kernel_ops.applies(x, self.weight) and kernel_ops.corrects(y, x, self.lrc_u, self.lrc_v):
+            return kernel_ops.low_rank_corrected(y, x, self.lrc_u, self.lrc_v, self.lrc_dtype)
+        return y + correction(x, self.lrc_u, self.lrc_v, self.lrc_dtype)
 
 
 def pack_model(model: nn.Module) -> nn.Module:

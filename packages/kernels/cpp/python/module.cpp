@@ -25,6 +25,7 @@
 namespace nb = nanobind;
 
 void bind_runtime(nb::module_& m);  // runtime.cpp
+void bind_low_rank(nb::module_& m);  // low_rank.cpp
 
 namespace {
 
@@ -362,4 +363,5 @@ NB_MODULE(_native, m) {
     return std::pair(taken, operations);
   });
   bind_runtime(m);
+  bind_low_rank(m);
 }

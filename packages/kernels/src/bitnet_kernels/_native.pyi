@@ -77,3 +77,18 @@ class Engine:
     def statistics(self) -> tuple[int, int, int]: ...
 
 def sample(logits: NDArray[np.float32], temperature: float, top_k: int, top_p: float, seed: int, index: int, /) -> int: ...
+
+class LowRank:
+    def __init__(
+        self,
+        kind: int,
+        u: NDArray[np.uint8],
+        v: NDArray[np.uint8],
+        u_scale: NDArray[np.float32],
+        v_scale: NDArray[np.float32],
+        rows: int,
+        columns: int,
+        rank: int,
+        /,
+    ) -> None: ...
+    def add_at(self, isa: str, x: int, tokens: int, y: int, /) -> None: ...
