@@ -42,6 +42,8 @@ Error out_of(const char* what, int64_t value, const char* why) {
   return {Kind::argument, std::string(what) + " is " + std::to_string(value) + ": " + why};
 }
 
+Error not_finite() { return {Kind::number, "a layer's input is not finite: the file's numbers are damaged or too large"}; }
+
 void norm_rows(const Norm& norm, const float* x, int64_t rows, int64_t width, float* out) {
   if (!norm) {
     std::copy_n(x, rows * width, out);
@@ -131,7 +133,7 @@ Result<Stats> Decoder::step(std::span<const Sequence> sequences, Rows wanted, fl
                heads.data() + found++ * width);
     }
     if (logits != nullptr) {
-      multiply_head(model_, heads.data(), found, logits);
+      if (!multiply_head(model_, kernels_.isa, heads.data(), found, logits)) return not_finite();
       logits += found * model_->vocabulary;
     }
     if (hidden != nullptr) hidden = std::copy_n(heads.data(), found * width, hidden);
@@ -257,7 +259,7 @@ std::optional<Error> Decoder::apply(const std::vector<const Linear*>& layers, co
   std::vector<SharedMatrix> matrices;
   for (const Linear* layer : layers) matrices.push_back(layer->matrix);
   if (multiply(kernels_, matrices, x, tokens, y) >= 0) {
-    return Error{Kind::number, "a layer's input is not finite: the file's numbers are damaged or too large"};
+    return not_finite();
   }
   for (size_t i = 0; i < layers.size(); ++i) {
     const Linear& layer = *layers[i];

@@ -290,6 +290,8 @@ Result<std::shared_ptr<const MappedFile>> MappedFile::open(const std::string& pa
   return std::shared_ptr<const MappedFile>(new MappedFile(address, size));
 }
 
+void MappedFile::forget() const { madvise(address_, size_, MADV_DONTNEED); }
+
 MappedFile::~MappedFile() { munmap(address_, size_); }
 
 std::string quoted(std::string_view text) {

@@ -93,6 +93,9 @@ class MappedFile {
   MappedFile& operator=(const MappedFile&) = delete;
   ~MappedFile();
 
+  // Lets the process drop the pages that it has read; they come back from the file when somebody reads them.
+  void forget() const;
+
   Bytes bytes() const { return {static_cast<const std::byte*>(address_), size_}; }
 
  private:

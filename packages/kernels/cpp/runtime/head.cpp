@@ -47,12 +47,10 @@ class HeadJob final : public Job {
   int64_t begin(int64_t chunk) const { return chunk * model_->vocabulary / chunks; }
 
   void words(int64_t chunk, float* row, float* out, int64_t stride) const noexcept {
-    const float cap = model_->logit_cap;
     for (int64_t word = begin(chunk); word < begin(chunk + 1); ++word, ++out) {
       float_row(model_->head, word, row);
       for (int64_t token = 0; token < tokens_; ++token) {
-        const float logit = dot(row, hidden_.data() + token * model_->width, model_->width);
-        out[token * stride] = cap > 0 ? std::tanh(logit / cap) * cap : logit;
+        out[token * stride] = dot(row, hidden_.data() + token * model_->width, model_->width);
       }
     }
   }
@@ -66,8 +64,18 @@ class HeadJob final : public Job {
 
 }  // namespace
 
-void multiply_head(const std::shared_ptr<const Model>& model, const float* hidden, int64_t tokens, float* logits) {
-  if (tokens > 0) run(std::make_shared<HeadJob>(model, hidden, tokens, logits));
+bool multiply_head(const std::shared_ptr<const Model>& model, Isa isa, const float* hidden, int64_t tokens, float* logits) {
+  if (tokens == 0) return true;
+  const bool finite = std::all_of(hidden, hidden + tokens * model->width, [](float value) { return std::isfinite(value); });
+  if (!finite) return false;
+  if (model->head_blocks != nullptr) {
+    multiply_blocks(isa, model->head_blocks, hidden, tokens, logits);
+  } else {
+    run(std::make_shared<HeadJob>(model, hidden, tokens, logits));
+  }
+  const float cap = model->logit_cap;
+  if (cap > 0) std::transform(logits, logits + tokens * model->vocabulary, logits, [=](float x) { return std::tanh(x / cap) * cap; });
+  return true;
 }
 
 }  // namespace wf

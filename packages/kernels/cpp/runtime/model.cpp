@@ -228,6 +228,11 @@ class Loader {
     if (is_ternary(table->type) || is_ternary(head->type)) keys_.fail("its embeddings or its head are ternary, which the decoder does not run");
     model_.embedding = *table;
     model_.head = *head;
+    const std::map<Type, BlockType> blocks = {{Type::q8_0, BlockType::q8_0}, {Type::q6_k, BlockType::q6_k}, {Type::q4_1, BlockType::q4_1}};
+    if (const auto known = blocks.find(head->type); known != blocks.end()) {
+      const auto* data = reinterpret_cast<const uint8_t*>(head->data.data());
+      model_.head_blocks = std::make_shared<const OwnedBlocks>(known->second, data, model_.vocabulary, model_.width);
+    }
   }
 
   void read_layer(int64_t index) {
@@ -330,6 +335,7 @@ Result<std::shared_ptr<const Model>> load_model(const std::string& path) {
   if (!file) return named(file.error());
   auto model = load_model(*file, *mapping);
   if (!model) return named(model.error());
+  (*mapping)->forget();
   return model;
 }
 

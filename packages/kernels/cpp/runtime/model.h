@@ -7,6 +7,7 @@
 
 #include "runtime/gguf.h"
 #include "runtime/ops.h"
+#include "ternary/blocks_product.h"
 #include "ternary/product.h"
 
 namespace wf {
@@ -56,7 +57,8 @@ struct Model {
   std::vector<float> frequencies, local_frequencies;  // [head_width / 2], radians a position
   std::vector<Layer> layers;
   Norm output_norm;
-  Tensor embedding, head;  // [vocabulary, width], as the file holds them
+  Tensor embedding, head;    // [vocabulary, width], as the file holds them
+  SharedBlocks head_blocks;  // the head once more, for the kernels, if they know its type
   Diffusion diffusion;
 };
 
