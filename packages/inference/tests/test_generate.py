@@ -8,18 +8,19 @@ from functools import partial
 
 import pytest
 import torch
-from bitnet_arch import load_model, load_tokenizer, pack_model, save_master, save_packed
+from bitnet_arch import ConversionConfig, convert_model, load_model, load_tokenizer, pack_model, save_master, save_packed
 from bitnet_arch.diffusion import add_mask_token
 from bitnet_arch.generation import DecodeOptions, decode
-from bitnet_arch.gguf import export_gguf
+from bitnet_arch.gguf import export_gguf, from_gguf
 from bitnet_arch.testing import TEXT, tiny_bitnet, tiny_llama, tiny_tokenizer
 from torch.nn import functional as F
 from wrinklefree_inference.cli import main
 from wrinklefree_inference.generate import Options, TextStream, generate_llamacpp, generate_torch, token_ids
+from wrinklefree_inference.native import generate_native
 
 PROMPT = "A ternary weight"
 NEAR_TIE = 0.2  # nats, as in the parity gate
-ENGINES = ["pytorch", "llama.cpp"]
+ENGINES = ["pytorch", "llama.cpp", "native"]
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,8 @@ def trained(tmp_path_factory):
 def generate(folder, engine, prompt=PROMPT, emit=lambda piece: None, **options):
     if engine == "llama.cpp":
         return generate_llamacpp(folder / "model.gguf", prompt, Options(**options), emit)
+    if engine == "native":
+        return generate_native(folder / "model.gguf", prompt, Options(**options), emit)
     directory = folder / "master"
     return generate_torch(load_model(directory), load_tokenizer(directory), prompt, Options(**options), emit)
 
@@ -143,16 +146,36 @@ def test_streamed_text_keeps_bytes_that_are_no_character():
     assert "".join(pieces) == "\ufffd"
 
 
-@pytest.mark.parametrize("name", ["master", "model.gguf"])
+def test_the_native_engine_writes_what_torch_writes(trained):
+    exported = from_gguf(trained / "model.gguf")
+    tokenizer = load_tokenizer(trained / "master")
+    for prompt in (PROMPT, "def add(", "The quick"):
+        expected = generate_torch(exported, tokenizer, prompt, Options(max_tokens=30), lambda piece: None)
+        assert generate(trained, "native", prompt, max_tokens=30) == expected
+
+
+def test_the_native_engine_runs_files_that_llama_cpp_does_not(tmp_path, capsys):
+    model = convert_model(tiny_llama(tied=False, layers=1), ConversionConfig(norm="allnorm", gain="one"))
+    save_master(model, tmp_path / "m", tiny_tokenizer())
+    assert export_gguf(tmp_path / "m", tmp_path / "own.gguf").architecture == "wrinklefree"
+    arguments = ["generate", str(tmp_path / "own.gguf"), PROMPT, "--max-tokens", "6", "--json"]
+    assert main([*arguments, "--engine", "native"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    expected = generate_torch(from_gguf(tmp_path / "own.gguf"), tiny_tokenizer(), PROMPT, Options(max_tokens=6), lambda piece: None)
+    assert (answer["engine"], answer["text"], answer["tokens"]) == ("native", expected.text, expected.tokens)
+
+
+@pytest.mark.parametrize("name", ["master", "model.gguf", "native"])
 def test_json_has_the_same_text_as_the_stream(name, trained, capsys):
-    arguments = ["generate", str(trained / name), PROMPT, "--max-tokens", "8"]
+    file, more = ("model.gguf", ["--engine", "native"]) if name == "native" else (name, [])
+    arguments = ["generate", str(trained / file), PROMPT, "--max-tokens", "8", *more]
     assert main(arguments) == 0
     streamed = capsys.readouterr().out
     assert main([*arguments, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["text"] + "\n" == streamed
     assert (answer["tokens"], answer["max_tokens"], answer["stop"]) == (8, 8, "length")
-    assert answer["engine"] == ("llama.cpp" if name.endswith("gguf") else "pytorch")
+    assert answer["engine"] == {"master": "pytorch", "model.gguf": "llama.cpp", "native": "native"}[name]
 
 
 def mistakes():
@@ -161,6 +184,14 @@ def mistakes():
     yield "no config", [".", PROMPT], "no config.json"
     yield "no GGUF", ["junk.gguf", PROMPT], "not a GGUF file"
     yield "truncated", ["truncated.gguf", PROMPT], "could not load"
+    native = ["--engine", "native"]
+    yield (
+        "truncated, native",
+        ["truncated.gguf", PROMPT, *native],
+        "the native engine cannot run truncated.gguf: the file is not a usable",
+    )
+    yield "long prompt, native", ["model.gguf", long, *native], "shorten it"
+    yield "an engine for a directory", ["master", PROMPT, *native], "--engine has no effect on a model directory"
     yield "empty prompt", ["master", ""], "prompt is empty"
     yield "bad UTF-8", ["master", "a\udcff"], "not valid UTF-8"
     yield "long prompt", ["master", long], "shorten it"

@@ -1,4 +1,4 @@
-"""`generate`: text from a model directory (PyTorch) or a GGUF file (llama.cpp), written as it comes.
+"""`generate`: text from a model directory (PyTorch) or a GGUF file (llama.cpp, or the native engine), written as it comes.
 
 A directory of a diffusion model decodes block by block (`bitnet_arch.generation`); options of that kind are refused elsewhere.
 """
@@ -32,6 +32,7 @@ Emit = Callable[[str], None]
 
 # llama.cpp ends a text at these by their spelling, whatever a file declares; both engines must stop at the same place.
 END_OF_TEXT = frozenset({"<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_text|>", "<end_of_turn>"})
+ENGINES = ("llama.cpp", "native")
 MAX_ENGINE_CONTEXT = 32768
 MAX_SEED = 2**32 - 2
 REPLACEMENT = "\ufffd"
@@ -158,7 +159,7 @@ def generate_torch(
         UserError: if the prompt has no token or leaves no room for one.
     """
     ids = tokenizer(prompt).input_ids
-    _check_length(len(ids), model.config.max_position_embeddings)
+    check_length(len(ids), model.config.max_position_embeddings)
     budget = min(options.max_tokens, model.config.max_position_embeddings - len(ids))
     ends, stream, count, stop = end_token_ids(model, tokenizer), TextStream(tokenizer, emit), 0, "length"
     with constant_weights(model):
@@ -226,7 +227,7 @@ def generate_llamacpp(file: Path, prompt: str, options: Options, emit: Emit) -> 
                 text += piece
                 emit(piece)
     usage = last["usage"]
-    _check_length(usage["prompt_tokens"], context)
+    check_length(usage["prompt_tokens"], context)
     stop = "eos" if last["choices"][0]["finish_reason"] == "stop" else "length"
     tokens = usage["completion_tokens"] - (stop == "eos")
     return Generated(text=text, stop=stop, prompt_tokens=usage["prompt_tokens"], tokens=tokens)
@@ -263,7 +264,12 @@ def _events(server: Any, request: dict[str, Any]) -> Generator[dict[str, Any], N
         thread.join()
 
 
-def _check_length(tokens: int, context: int) -> None:
+def check_length(tokens: int, context: int) -> None:
+    """Refuse a prompt without a token, or without room for one behind it.
+
+    Raises:
+        UserError: for such a prompt.
+    """
     if tokens == 0:
         raise UserError("the prompt is empty: give some text to continue")
     if tokens >= context:
@@ -275,10 +281,11 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "generate",
         help="continue a prompt",
-        description="Continue a prompt: a model directory runs in PyTorch, a GGUF file in llama.cpp.",
+        description="Continue a prompt: a model directory runs in PyTorch, a GGUF file in llama.cpp or in the native engine.",
     )
     parser.add_argument("model", help="a model directory or a .gguf file")
     parser.add_argument("prompt", help="the text to continue")
+    parser.add_argument("--engine", choices=ENGINES, help="what runs a GGUF file: native computes as training did (llama.cpp)")
     parser.add_argument("--max-tokens", type=int, default=128, help="at most so many new tokens (128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default); above, samples")
     parser.add_argument("--seed", type=int, default=0, help="makes sampling reproducible (0)")
@@ -314,8 +321,14 @@ def run(arguments: argparse.Namespace) -> int:
         used: Options | DecodeOptions = options
         if model.kind == "gguf":
             _check_no_effect(given, "a GGUF file")
-            result = generate_llamacpp(model.path, prompt, options, emit)
+            engine = arguments.engine or "llama.cpp"
+            result = _engine_of(engine)(model.path, prompt, options, emit)
         else:
+            if arguments.engine is not None:
+                raise UserError(
+                    f"--engine has no effect on a model directory, which runs in PyTorch: leave it out or export {model.path}"
+                )
+            engine = "pytorch"
             loaded, tokenizer = load_model(model.path), load_tokenizer(model.path)
             if diffusion_of(loaded.config) is None:
                 _check_no_effect(given, "a model that is no diffusion model")
@@ -325,7 +338,6 @@ def run(arguments: argparse.Namespace) -> int:
                 result = generate_diffusion(loaded, tokenizer, prompt, how, emit)
         seconds = time.perf_counter() - start
         if arguments.json:
-            engine = "llama.cpp" if model.kind == "gguf" else "pytorch"
             answer = {"model": str(model.path), "engine": engine, "prompt": prompt, **asdict(result), **asdict(used)}
             if result.forwards is None:
                 del answer["forwards"]
@@ -336,6 +348,14 @@ def run(arguments: argparse.Namespace) -> int:
         # The reader (such as `head`) has enough; Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _engine_of(name: str) -> Callable[[Path, str, Options, Emit], Generated]:
+    if name == "llama.cpp":
+        return generate_llamacpp
+    from wrinklefree_inference.native import generate_native
+
+    return generate_native
 
 
 def _check_no_effect(given: dict[str, Any], model: str) -> None:

@@ -1,0 +1,53 @@
+"""The native engine: GGUF files in the decoder of `bitnet_kernels`, which computes what training computed."""
+
+from pathlib import Path
+
+from bitnet_arch import UserError
+from bitnet_arch.gguf import tokenizer_from_gguf
+from bitnet_kernels import Engine
+
+from wrinklefree_inference.generate import END_OF_TEXT, Emit, Generated, Options, TextStream, check_length
+
+
+def open_native(file: Path, slots: int = 1, context: int | None = None) -> Engine:
+    """Open a file in the native engine.
+
+    Args:
+        file: the GGUF file.
+        slots: sequences that are held at once.
+        context: tokens that each can have; None for as many as the model has.
+
+    Raises:
+        UserError: if the engine cannot run it, or there is not enough memory.
+    """
+    try:
+        return Engine(file, slots=slots, context=context)
+    except (ValueError, MemoryError) as error:
+        raise UserError(f"the native engine cannot run {file}: {str(error).removeprefix(f'{file}: ')}") from None
+
+
+def generate_native(file: Path, prompt: str, options: Options, emit: Emit) -> Generated:
+    """Generate with the native engine.
+
+    Raises:
+        UserError: if the engine cannot run the file, or the prompt has no token or leaves no room for one.
+    """
+    engine, tokenizer = open_native(file), tokenizer_from_gguf(file)
+    ids: list[int] = tokenizer(prompt).input_ids
+    check_length(len(ids), engine.context)
+    ends = {i for token, i in tokenizer.get_added_vocab().items() if token in END_OF_TEXT}
+    if isinstance(tokenizer.eos_token_id, int):
+        ends.add(tokenizer.eos_token_id)
+    budget = min(options.max_tokens, engine.context - len(ids))
+    stream, count, stop = TextStream(tokenizer, emit), 0, "length"
+    try:
+        for token in engine.generate(ids, budget, temperature=options.temperature, seed=options.seed):
+            if token in ends:
+                stop = "eos"
+                break
+            stream.push(token)
+            count += 1
+    except ValueError as error:
+        raise UserError(f"the native engine cannot run {file}: {error}") from None
+    stream.close()
+    return Generated(text=stream.text, stop=stop, prompt_tokens=len(ids), tokens=count)
