@@ -107,17 +107,14 @@ def ternary_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor
     return y
 
 
-def corrects(y: Tensor, x: Tensor, u: Tensor, v: Tensor) -> bool:
-    """Return whether the kernels can add a low-rank correction, too: in float32, without gradients.
+def corrects(y: Tensor, x: Tensor) -> bool:
+    """Return whether the kernels add a low-rank correction as torch does: in float32.
 
     Args:
         y: the product.
         x: its input.
-        u: U.
-        v: V.
     """
-    wanted = torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or u.requires_grad or v.requires_grad)
-    return not wanted and x.dtype == y.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+    return x.dtype == y.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
 
 
 def low_rank_corrected(y: Tensor, x: Tensor, u: Tensor, v: Tensor, dtype: str) -> Tensor:

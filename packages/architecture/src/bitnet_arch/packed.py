@@ -218,9 +218,13 @@ class PackedBitLinearLRC(PackedBitLinear):
         """Map `[..., in_features]` to `[..., out_features]` in x's dtype."""
         x = self.prepare(x)
         y = self.product(x)
-        if kernel_ops.applies(x, self.weight) and kernel_ops.corrects(y, x, self.lrc_u, self.lrc_v):
-            return kernel_ops.low_rank_corrected(y, x, self.lrc_u, self.lrc_v, self.lrc_dtype)
-        return y + correction(x, self.lrc_u, self.lrc_v, self.lrc_dtype)
+        if not (kernel_ops.applies(x, self.weight) and kernel_ops.corrects(y, x)):
+            return y + correction(x, self.lrc_u, self.lrc_v, self.lrc_dtype)
+        with torch.no_grad():
+            corrected = kernel_ops.low_rank_corrected(y, x, self.lrc_u, self.lrc_v, self.lrc_dtype)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, self.lrc_u, self.lrc_v)):
+            return _straight_through(y + correction(x, self.lrc_u, self.lrc_v, self.lrc_dtype), corrected)
+        return corrected
 
 
 def pack_model(model: nn.Module) -> nn.Module:
