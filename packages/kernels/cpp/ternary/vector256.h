@@ -25,6 +25,17 @@ WF_INLINE __m256i broadcast(const int8_t* x) {
   return _mm256_set1_epi32(four);
 }
 
+// The same where it is used: held over two panels it would be the 17th register, and gcc would spill a sum in its place.
+WF_INLINE __m256i broadcast_here(const int8_t* x) {
+#ifdef __clang__
+  return broadcast(x);
+#else
+  __m256i four;
+  __asm__ volatile("vpbroadcastd %1, %0" : "=x"(four) : "m"(*reinterpret_cast<const char(*)[4]>(x)));
+  return four;
+#endif
+}
+
 // Lanes of the half of a panel that exist.
 WF_INLINE __m256i rows_of(const TernaryMatrix& w, int64_t panel, int half) {
   const int64_t rows = least(w.rows - panel * kPanelRows, kPanelRows) - 8 * half;
@@ -74,7 +85,7 @@ template <Output kOutput, int P>
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) one[p][0] = one[p][1] = four[p][0] = four[p][1] = _mm256_setzero_si256();
     for (int64_t block = least(blocks - first, kStep); block > 0; --block) {
-      const __m256i x0 = broadcast(x), x1 = broadcast(x + 4), x2 = broadcast(x + 8), x3 = broadcast(x + 12);
+      const __m256i x0 = broadcast(x), x1 = broadcast(x + 4), x2 = broadcast(x + 8);
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
         _mm_prefetch(reinterpret_cast<const char*>(codes + p * bytes + kPrefetch), _MM_HINT_T0);
@@ -84,7 +95,7 @@ template <Output kOutput, int P>
           one[p][half] = dot(one[p][half], _mm256_and_si256(c, low), x0);
           four[p][half] = dot(four[p][half], _mm256_and_si256(c, high), x1);
           one[p][half] = dot(one[p][half], _mm256_and_si256(d, low), x2);
-          four[p][half] = dot(four[p][half], _mm256_and_si256(d, high), x3);
+          four[p][half] = dot(four[p][half], _mm256_and_si256(d, high), broadcast_here(x + 12));
         }
       }
       codes += kBlockBytes;
