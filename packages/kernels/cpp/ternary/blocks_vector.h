@@ -1,4 +1,4 @@
-// The products of blocks.h on vectors of rows, for the lanes of simd512.h or simd256.h, one of which comes before.
+// The products of blocks.h on vectors of rows, for the lanes of simd512.h, simd256.h or simd128.h, one of which comes before.
 #pragma once
 
 #include "ternary/blocks.h"
@@ -86,7 +86,7 @@ template <typename Type, int P, int T>
       for (int p = 0; p < P; ++p) {
         const uint8_t* at = data + p * hop * bytes + block * Type::kBytes;
         for (int line = 0; line < Type::kBytes / Type::kGroups; line += 64) {
-          _mm_prefetch(reinterpret_cast<const char*>(at + group * (Type::kBytes / Type::kGroups) + line + kBlockPrefetch), _MM_HINT_T0);
+          __builtin_prefetch(at + group * (Type::kBytes / Type::kGroups) + line + kBlockPrefetch);
         }
 #pragma GCC unroll 2
         for (int half = 0; half < kHalves; ++half) {

@@ -1,4 +1,5 @@
-// Norm, rotary embedding and attention for the lanes of simd512.h or simd256.h, one of which comes before.
+// Norm, rotary embedding and attention for the lanes of simd512.h, simd256.h or simd128.h, one of which
+// comes before.
 #pragma once
 
 #include <math.h>

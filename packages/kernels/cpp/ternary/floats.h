@@ -30,5 +30,6 @@ const FloatKernels& float_kernels(Isa isa);
 
 extern const FloatKernels kScalarFloats;
 extern const FloatKernels kAvx2Floats, kAvx512Floats;  // x86 only
+extern const FloatKernels kNeonFloats;                 // 64-bit Arm
 
 }  // namespace wf

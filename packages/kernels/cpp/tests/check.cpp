@@ -2,6 +2,7 @@
 //
 // With names ("scalar,neon") it fails where other sets are available. Prints what it compared; exits 1 at the first difference.
 // Buffers have exactly the size that the kernels may touch, so that AddressSanitizer sees a read or write beyond it.
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "ternary/floats.h"
 #include "ternary/formats.h"
 #include "ternary/ternary.h"
 
@@ -189,6 +191,78 @@ void formats() {
   }
 }
 
+std::vector<float> normal(int64_t count) {
+  std::vector<float> values(static_cast<size_t>(count));
+  for (float& value : values) value = std::normal_distribution<float>()(generator);
+  return values;
+}
+
+void near(const std::vector<float>& got, const std::vector<float>& expected, float bound, const std::string& what) {
+  float largest = 0.0F;
+  for (const float value : expected) largest = std::fmax(largest, std::fabs(value));
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (!(std::fabs(got[i] - expected[i]) <= bound * largest)) fail(what + " at " + std::to_string(i));
+  }
+}
+
+// Matrices of blocks, rows beyond the last not written.
+void blocks(const wf::FloatKernels& isa) {
+  for (int i = 0; i <= static_cast<int>(wf::BlockType::q4_1); ++i) {
+    for (const auto& [rows, count, tokens] : {std::array<int64_t, 3>{1, 1, 1}, {16, 2, 2}, {150, 1, 1}, {131, 2, 5}, {33, 1, 13}}) {
+      wf::BlockMatrix w{nullptr, rows, 0, static_cast<wf::BlockType>(i)};
+      w.columns = count * w.block_columns();
+      std::vector<uint8_t> raw(static_cast<size_t>(rows * wf::row_bytes(w.type, w.columns)));
+      for (uint8_t& byte : raw) byte = static_cast<uint8_t>(uniform(0, 255)) & 0xb3;  // f16 of at most 2^-2 or so
+      const std::unique_ptr<uint8_t, Free> data(static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(ceil_div(w.bytes(), 64) * 64))));
+      wf::pack_blocks(w.type, raw.data(), rows, w.columns, data.get());
+      w.data = data.get();
+      const std::vector<float> x = normal(tokens * w.columns);
+      std::vector<float> sums(static_cast<size_t>(tokens * w.groups()));
+      for (int64_t t = 0; t < tokens; ++t) wf::sum_groups(w, x.data() + t * w.columns, sums.data() + t * w.groups());
+      std::vector<float> got(static_cast<size_t>(tokens * rows)), expected = got;
+      const wf::FloatActivations activations{x.data(), sums.data(), tokens, w.columns};
+      isa.matmul_blocks(w, activations, 0, w.panels(), got.data(), rows);
+      wf::kScalarFloats.matmul_blocks(w, activations, 0, w.panels(), expected.data(), rows);
+      near(got, expected, 2e-6F, "blocks of type " + std::to_string(i));
+    }
+  }
+}
+
+void decoder(const wf::FloatKernels& isa) {
+  for (const int64_t columns : {1, 3, 16, 70, 576}) {
+    const std::vector<float> x = normal(columns), weight = normal(columns);
+    std::vector<float> got(x.size()), expected(x.size());
+    isa.rms_norm(x.data(), weight.data(), columns, 1e-5F, got.data());
+    wf::kScalarFloats.rms_norm(x.data(), weight.data(), columns, 1e-5F, expected.data());
+    near(got, expected, 1e-6F, "rms_norm");
+    if (columns < 2) continue;
+    got = expected = x;
+    const std::vector<float> cos = normal(columns / 2), sin = normal(columns / 2);
+    isa.rope(got.data(), cos.data(), sin.data(), 1, columns, columns / 2);
+    wf::kScalarFloats.rope(expected.data(), cos.data(), sin.data(), 1, columns, columns / 2);
+    near(got, expected, 1e-6F, "rope");
+  }
+  for (const int64_t dim : {4, 20, 64}) {
+    for (const auto type : {wf::KvType::f16, wf::KvType::int8}) {
+      constexpr int64_t kPositions = 131, kHeads = 2, kQueries = 7;
+      const size_t elements = static_cast<size_t>(kHeads * kPositions * dim);
+      std::vector<uint16_t> keys(elements), values(elements);
+      std::vector<float> key_scales(kHeads * kPositions), value_scales(kHeads * kPositions);
+      const wf::KvCache cache{type, kHeads, kPositions, dim, keys.data(), values.data(), key_scales.data(), value_scales.data()};
+      for (int64_t position = 0; position < kPositions; ++position) {
+        for (int64_t head = 0; head < kHeads; ++head) wf::store_kv(cache, head, position, normal(dim).data(), normal(dim).data());
+      }
+      const std::vector<float> q = normal(kQueries * dim);
+      for (const auto& [first, last] : {std::array<int64_t, 2>{0, 131}, {0, 1}, {50, 114}, {5, 70}, {9, 9}}) {
+        std::vector<float> got(q.size()), expected(q.size());
+        isa.attention(cache, 1, q.data(), kQueries, first, last, 0.3F, got.data());
+        wf::kScalarFloats.attention(cache, 1, q.data(), kQueries, first, last, 0.3F, expected.data());
+        near(got, expected, 2e-6F, "attention");
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -205,6 +279,8 @@ int main(int argc, char** argv) {
     largest_sums(*isa, 17, 140'000, 1);
     largest_sums(*isa, 1, 2'200'000, 1);
     not_finite(*isa);
+    blocks(wf::float_kernels(isa->isa));
+    decoder(wf::float_kernels(isa->isa));
   }
   std::printf("%s\n", names.c_str());
   if (argc > 1 && names != argv[1]) fail("expected the instruction sets " + std::string(argv[1]));
