@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-TYPES = {"F32": 0, "TQ1_0": 34, "TQ2_0": 35, "Q2_0": 42}
+TYPES = {"F32": 0, "Q4_1": 3, "Q8_0": 8, "Q6_K": 14, "TQ1_0": 34, "TQ2_0": 35, "Q2_0": 42}
 """ggml's numbers of its types."""
 
 PACKAGE = "libggml-python"
@@ -40,6 +40,7 @@ def _library() -> ctypes.CDLL:
         "ggml_free": (None, [pointer]),
         "ggml_get_data": (pointer, [pointer]),
         "ggml_nbytes": (size, [pointer]),
+        "ggml_row_size": (size, [integer, wide]),
         "ggml_new_tensor_2d": (pointer, [pointer, integer, wide, wide]),
         "ggml_mul_mat": (pointer, [pointer, pointer, pointer]),
         "ggml_new_graph_custom": (pointer, [pointer, size, ctypes.c_bool]),
@@ -57,38 +58,39 @@ def _library() -> ctypes.CDLL:
 
 
 class Products:
-    """Copies of a ternary matrix in one of ggml's types, multiplied with the same activations.
+    """Copies of a matrix in one of ggml's types, multiplied with the same activations.
 
     A run is one graph of `mul_mat` nodes, so that Python's part is a call a graph; each node quantises the activations.
     """
 
-    def __init__(self, name: str, codes: NDArray[np.int8], x: NDArray[np.float32], copies: int, graphs: int) -> None:
-        """Pack `codes` `[rows, columns]`, `copies` times, for `x` `[tokens, columns]`; `graphs` graphs share the copies."""
+    def __init__(self, name: str, weights: NDArray[Any], x: NDArray[np.float32], copies: int, graphs: int) -> None:
+        """Pack `weights` `[rows, columns]`, `copies` times, for `x` `[tokens, columns]`; `graphs` graphs share the copies."""
         self._library = _library()
-        (rows, columns), tokens = codes.shape, len(x)
-        a_matrix = rows * columns // 2  # no type that is compared takes 4 bits a weight
+        (rows, columns), tokens = weights.shape, len(x)
+        a_matrix = rows * self._library.ggml_row_size(TYPES[name], columns)
         memory = copies * (a_matrix + 4 * rows * tokens + (2 << 10)) + 4 * x.size * (graphs + 1) + (32 << 20)
         self._context = self._library.ggml_init(_Parameters(memory, None, False))
         inputs = self._library.ggml_new_tensor_2d(self._context, TYPES["F32"], columns, tokens)
         ctypes.memmove(self._library.ggml_get_data(inputs), np.ascontiguousarray(x).ctypes.data, x.nbytes)
-        floats, first = codes.astype(np.float32), None
+        floats, first = np.ascontiguousarray(weights, np.float32), None
         self._graphs, self._at = [], 0
         for number in range(graphs):
             graph = self._library.ggml_new_graph_custom(self._context, 2 * copies + 8, False)
             for _ in range(copies * number // graphs, copies * (number + 1) // graphs):
-                weights = self._library.ggml_new_tensor_2d(self._context, TYPES[name], columns, rows)
-                data, self.nbytes = self._library.ggml_get_data(weights), self._library.ggml_nbytes(weights)
+                tensor = self._library.ggml_new_tensor_2d(self._context, TYPES[name], columns, rows)
+                data, self.nbytes = self._library.ggml_get_data(tensor), self._library.ggml_nbytes(tensor)
                 if first is None:
                     self._library.ggml_quantize_chunk(TYPES[name], floats.ctypes.data, data, 0, rows, columns, None)
                     first = data
                 else:
                     ctypes.memmove(data, first, self.nbytes)
-                result = self._library.ggml_mul_mat(self._context, weights, inputs)
+                result = self._library.ggml_mul_mat(self._context, tensor, inputs)
                 self._library.ggml_build_forward_expand(graph, result)
             plan = self._library.ggml_graph_plan(graph, 1, None)
             work = ctypes.create_string_buffer(plan.work_size)
             plan.work_data = ctypes.addressof(work)
             self._graphs.append((graph, plan, work))
+        self._first, self._rows = first, rows
         self._result, self._shape = self._library.ggml_get_data(result), (tokens, rows)
 
     def run(self) -> None:
@@ -101,3 +103,8 @@ class Products:
         """Return the last graph's last product, `[tokens, rows]`."""
         array = ctypes.cast(self._result, ctypes.POINTER(ctypes.c_float))
         return np.ctypeslib.as_array(array, self._shape).copy()
+
+    def data(self) -> NDArray[np.uint8]:
+        """Return the bytes of a copy, `[rows, bytes of a row]`."""
+        array = ctypes.cast(self._first, ctypes.POINTER(ctypes.c_uint8))
+        return np.ctypeslib.as_array(array, (self._rows, self.nbytes // self._rows)).copy()
