@@ -119,6 +119,7 @@ def test_another_shape_place_or_value_is_a_value_error(w, x, message):
         (lambda: TernaryMatrix.from_gguf("tq2_0", b"", (2**62, 2**62)), "shape: at most"),
         (lambda: TernaryMatrix.from_gguf("tq2_0", b"", (0, 256)), "shape: rows and columns from 1 on are wanted"),
         (lambda: TernaryMatrix.from_gguf("tq2_0", b"", (-1, 256)), "shape: rows and columns from 1 on are wanted"),
+        (lambda: TernaryMatrix.from_gguf("q2_0", np.broadcast_to(np.uint8(0), 2**45), (1, 64)), "data: .* has 18 bytes, not"),
         (lambda: BlockMatrix(np.zeros((2, 34), np.uint8), "q8_0", 2**62), "columns: at most"),
         (lambda: BlockMatrix(np.zeros((2, 34), np.uint8), "q5_0", 32), "kind: q8_0 or q6_k or q4_1 is wanted"),
         (lambda: bitnet_kernels.use_isa("sse9"), "isa 'sse9' is not available here"),

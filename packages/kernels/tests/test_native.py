@@ -1,6 +1,7 @@
 """The C++ comparison of every instruction set with the scalar one, built natively with sanitizers and for 64-bit Arm under qemu."""
 
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -43,12 +44,21 @@ def test_no_kernel_reads_or_writes_beyond_its_arrays(tmp_path):
     assert run(program, names).strip() == names
 
 
+ARM = ("SYSTEM_NAME=Linux", "SYSTEM_PROCESSOR=aarch64", "CXX_COMPILER=aarch64-linux-gnu-g++", "EXE_LINKER_FLAGS=-static")
+
+
 @pytest.fixture(scope="module")
 def arm(tmp_path_factory):
     need("aarch64-linux-gnu-g++", "qemu-aarch64")
-    options = ["SYSTEM_NAME=Linux", "SYSTEM_PROCESSOR=aarch64", "CXX_COMPILER=aarch64-linux-gnu-g++", "EXE_LINKER_FLAGS=-static"]
-    options += ["BUILD_TYPE=Release"]
-    return build(tmp_path_factory.mktemp("arm"), *(f"-DCMAKE_{option}" for option in options))
+    return build(tmp_path_factory.mktemp("arm"), *(f"-DCMAKE_{option}" for option in (*ARM, "BUILD_TYPE=Release")))
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory):
+    if platform.machine() != "x86_64":
+        pytest.skip("not an x86-64 machine")
+    need("g++", "qemu-x86_64")
+    return build(tmp_path_factory.mktemp("native"), "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_COMPILER=g++")
 
 
 @pytest.mark.parametrize(
@@ -57,3 +67,8 @@ def arm(tmp_path_factory):
 )
 def test_one_binary_serves_every_arm_processor(arm, cpu, names):
     assert run("qemu-aarch64", "-cpu", cpu, arm, names).strip() == names
+
+
+@pytest.mark.parametrize(("cpu", "names"), [("Nehalem", "scalar"), ("Haswell", "scalar,avx2")])  # qemu has no AVX-512
+def test_the_same_binary_runs_on_older_processors(native, cpu, names):
+    assert run("qemu-x86_64", "-cpu", cpu, native, names).strip() == names

@@ -160,9 +160,10 @@ class TernaryMatrix:
         """
         rows, columns = shape_of("shape", shape)
         kind = type_named(type, columns)
-        found = contiguous(array("data", data, np.uint8)).reshape(-1)
+        found = array("data", data, np.uint8)
         if found.size != kind.nbytes(rows, columns):
             raise ValueError(f"data: {kind.name} {[rows, columns]} has {kind.nbytes(rows, columns)} bytes, not {found.size}")
+        found = contiguous(found).reshape(-1)
         matrix = cls.__new__(cls)
         matrix._set(kind.number, "data", found, rows, columns, kind.read_scale(found, rows, columns))
         return matrix
