@@ -7,6 +7,7 @@ import torch
 from bitnet_arch.gguf.types import TYPES, encode_i2_s
 from bitnet_arch.packing import pack_codes
 from bitnet_kernels import TernaryMatrix
+from bitnet_kernels._arrays import activations
 
 SHAPES = [(4, 256), (20, 768), (68, 2560)]
 SCALE = np.float16(0.037)
@@ -60,3 +61,22 @@ def test_bytes_of_gguf_itself(kind):
     assert np.array_equal(w.codes(), codes)
     assert np.array_equal(w.codes() * np.repeat(w.scale, 128, axis=1), weights)
     assert np.array_equal(w.to_gguf(kind), data.reshape(-1))
+
+
+def test_tensors_on_the_cpu_are_read_where_they_lie():
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    assert np.shares_memory(activations(x), x.numpy())
+    w = TernaryMatrix(torch.from_numpy(random_codes((8, 40))), torch.ones(8, 1))
+    assert np.array_equal(w.matmul(x), w.matmul(x.numpy()))
+    assert np.array_equal(w.matmul(x.T.contiguous().T), w.matmul(x))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.zeros(3, 40, requires_grad=True), torch.zeros(3, 40, dtype=torch.bfloat16), torch.zeros(3, 40, device="meta")],
+    ids=["gradient", "bfloat16", "no memory"],
+)
+def test_other_tensors_are_refused_by_name(x):
+    w = TernaryMatrix(random_codes((8, 40)), np.ones(1, np.float32))
+    with pytest.raises(TypeError, match="x: this Tensor shows no array"):
+        w.matmul(x)
