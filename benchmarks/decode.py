@@ -82,7 +82,7 @@ def measure(name: str, folder: Path, rounds: int) -> tuple[list[dict[str, Any]],
     decode_bar, prompt_bar, length = BARS[name]
     Engine(folder / f"{name}.gguf")  # now the file is in the page cache
     start = perf_counter()
-    engine = Engine(folder / f"{name}.gguf", slots=17)
+    engine = Engine(folder / f"{name}.gguf", slots=17, cache="f16")
     opened = perf_counter() - start
     prompt = np.random.default_rng(1).integers(0, engine.vocabulary, length).tolist()
     reading = [TernaryMatrix(np.zeros((READ_ROWS, 4096), np.int8), np.ones(1, np.float32))._matrix]  # 64 MiB

@@ -320,9 +320,26 @@ def test_a_shared_prefix_need_not_be_computed_again(plain):
     assert np.array_equal(again, Engine(plain).logits(text)[7:])
 
 
-def test_a_cache_of_halves_rounds_and_little_more(plain):
-    exact, rounded = engine_logits(plain), engine_logits(plain, cache="f16")
-    assert 0 < (exact - rounded).abs().mean() < 5e-3 * exact.abs().max()
+@pytest.mark.parametrize(("cache", "bound"), [("f16", 5e-3), ("int8", 3e-2)])
+@pytest.mark.parametrize("isa", bitnet_kernels.available_isas())
+def test_a_smaller_cache_rounds_and_little_more(cache, bound, isa, tmp_path):
+    path = write(form(random_model(MAKERS["qwen2-sliding"]), "subln"), tmp_path)
+    bitnet_kernels.use_isa(isa)
+    exact, rounded = engine_logits(path), engine_logits(path, cache=cache)
+    assert 0 < (exact - rounded).abs().mean() < bound * exact.abs().max()
+
+
+@pytest.mark.parametrize("cache", ["f16", "int8"])
+def test_a_smaller_cache_changes_nothing_else(cache, plain):
+    text = TEXTS.flatten().tolist()
+    engine = Engine(plain, slots=3, cache=cache)
+    whole = engine.logits(text)
+    batch = engine.step({1: text[:30], 2: text[:50]})
+    assert np.array_equal(batch, whole[[29, 49]])
+    engine.copy(0, 1, 40)
+    assert np.array_equal(engine.step({1: text[40:]}, rows="all"), whole[40:])
+    engine.truncate(2, 20)
+    assert np.array_equal(engine.step({2: text[20:25]}, rows="all"), whole[20:25])
 
 
 def test_hidden_states_are_what_the_head_reads(plain):
@@ -432,7 +449,7 @@ def test_draws_have_the_probabilities_of_the_logits():
         (lambda e: e.generate([1], 1, seed=-1), "seed is -1"),
         (lambda e: Engine("missing.gguf"), "missing.gguf cannot be read"),
         (lambda e: Engine("."), "it is no file"),
-        (lambda e: Engine("x", cache="int4"), "cache must be f32 or f16"),
+        (lambda e: Engine("x", cache="int4"), "cache must be f32, f16 or int8"),
         (lambda e: Engine("x", slots=0), "slots and context must be at least 1"),
     ],
 )

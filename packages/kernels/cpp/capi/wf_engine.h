@@ -35,13 +35,14 @@ typedef enum wf_status {
   WF_INTERNAL = 8
 } wf_status;
 
-typedef enum wf_cache { WF_CACHE_F32 = 0, WF_CACHE_F16 = 1 } wf_cache;
+/* What keys and values are kept in: f32 is exact, f16 takes half of the memory, int8 a quarter. */
+typedef enum wf_cache { WF_CACHE_F32 = 0, WF_CACHE_F16 = 1, WF_CACHE_INT8 = 2 } wf_cache;
 
 /* Zeros ask for the defaults. */
 typedef struct wf_options {
   int64_t slots;   /* sequences that are held at once; 0: one */
   int64_t context; /* positions of each; 0: as many as the model has */
-  int32_t cache;   /* a wf_cache: what keys and values are kept in */
+  int32_t cache;   /* a wf_cache */
   const char* isa; /* an instruction set, such as "avx512" or "scalar"; null: the fastest one */
 } wf_options;
 

@@ -101,8 +101,8 @@ Array2 matrix(wf::Buffer<float> data, int64_t rows, int64_t columns) {
 // An engine over the C API, so that what Python tests is what others link.
 class Engine {
  public:
-  Engine(const std::string& path, int64_t slots, int64_t context, bool half_cache, const std::string& isa) {
-    const wf_options options{slots, context, half_cache ? WF_CACHE_F16 : WF_CACHE_F32, isa.c_str()};
+  Engine(const std::string& path, int64_t slots, int64_t context, int cache, const std::string& isa) {
+    const wf_options options{slots, context, cache, isa.c_str()};
     wf_status status;
     {
       const nb::gil_scoped_release others_may_run;
@@ -188,7 +188,7 @@ void bind_runtime(nb::module_& m) {
       .def("values", &File::values)
       .def("floats", &File::floats);
   nb::class_<Engine>(m, "Engine")
-      .def(nb::init<std::string, int64_t, int64_t, bool, std::string>())
+      .def(nb::init<std::string, int64_t, int64_t, int, std::string>())
       .def("about", &Engine::about)
       .def("step", &Engine::step)
       .def("length", &Engine::length)

@@ -1,72 +1,89 @@
 // Keys and values of the positions that slots hold.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
-#include <memory>
+#include <cstring>
 #include <new>
-#include <vector>
 
-#include "runtime/numbers.h"
+#include "ternary/kv.h"
 #include "ternary/memory.h"
 
 namespace wf {
 
-enum class CacheType : int { f32, f16 };  // of each number; f32 is exactly what training computes with
+// What each number is kept in: f32 is exactly what training computes with; f16 is rounded; int8 has a scale a vector.
+enum class CacheType : int { f32, f16, int8 };
 
-// For each slot and layer, rows of `width` numbers (all heads' keys or values of one position), `context` of them. The memory is there
-// from the start, but takes none until it is written to.
+struct CacheShape {
+  int64_t slots, layers, heads, context, head_width;
+};
+
+// For each slot and layer the keys, then the values: [heads, context, head_width]. The memory is there from the start, but takes none
+// until it is written to.
 class Cache {
  public:
-  Cache(CacheType type, int64_t slots, int64_t layers, int64_t context, int64_t width)
-      : type_(type), layers_(layers), context_(context), width_(width) {
-    const int64_t bytes = type == CacheType::f32 ? 4 : 2;
-    int64_t count;
-    if (__builtin_mul_overflow(slots * layers, context, &count) || __builtin_mul_overflow(count, 2 * width * bytes, &count)) {
+  Cache(CacheType type, const CacheShape& shape) : type_(type), shape_(shape) {
+    const int64_t size = type == CacheType::f32 ? 4 : type == CacheType::f16 ? 2 : 1;
+    int64_t vectors, numbers;
+    if (__builtin_mul_overflow(shape.slots * shape.layers * 2, shape.heads * shape.context, &vectors) ||
+        __builtin_mul_overflow(vectors, shape.head_width * size, &numbers)) {
       throw std::bad_alloc();
     }
-    data_.reset(static_cast<uint8_t*>(std::calloc(static_cast<size_t>(count), 1)));
-    if (data_ == nullptr) throw std::bad_alloc();
+    data_ = zeros<uint8_t>(numbers);
+    if (type == CacheType::int8) scales_ = zeros<float>(vectors * static_cast<int64_t>(sizeof(float)));
+    vector_bytes_ = shape.head_width * size;
   }
 
-  enum Part : int { keys, values };
+  CacheType type() const { return type_; }
 
-  void write(int64_t slot, int64_t layer, Part part, int64_t position, const float* row) {
-    const int64_t at = place(slot, layer, part, position);
-    if (type_ == CacheType::f32) {
-      std::copy_n(row, width_, reinterpret_cast<float*>(data_.get()) + at);
-    } else {
-      for (int64_t i = 0; i < width_; ++i) reinterpret_cast<uint16_t*>(data_.get())[at + i] = float_to_half(row[i]);
-    }
-  }
-
-  // The numbers [first, first + count) of a row, in `scratch` unless they are float32 already.
-  const float* read(int64_t slot, int64_t layer, Part part, int64_t position, int64_t first, int64_t count, float* scratch) const {
-    const int64_t at = place(slot, layer, part, position) + first;
-    if (type_ == CacheType::f32) return reinterpret_cast<const float*>(data_.get()) + at;
-    for (int64_t i = 0; i < count; ++i) scratch[i] = half_to_float(reinterpret_cast<const uint16_t*>(data_.get())[at + i]);
-    return scratch;
-  }
-
-  // Gives slot `to` the first positions of slot `from`.
-  void copy(int64_t from, int64_t to, int64_t positions) {
-    const int64_t size = type_ == CacheType::f32 ? 4 : 2;
-    for (int64_t layer = 0; layer < layers_; ++layer) {
-      for (const Part part : {keys, values}) {
-        std::copy_n(data_.get() + place(from, layer, part, 0) * size, positions * width_ * size,
-                    data_.get() + place(to, layer, part, 0) * size);
+  // Keeps the keys and values of all heads, [heads, head_width] each, of a position.
+  void write(int64_t slot, int64_t layer, int64_t position, const float* key, const float* value) {
+    const KvCache cache = view(slot, layer);
+    for (int64_t head = 0; head < shape_.heads; ++head, key += shape_.head_width, value += shape_.head_width) {
+      if (type_ == CacheType::f32) {
+        const int64_t at = cache.row(head, position) * shape_.head_width;
+        std::copy_n(key, shape_.head_width, static_cast<float*>(cache.keys) + at);
+        std::copy_n(value, shape_.head_width, static_cast<float*>(cache.values) + at);
+      } else {
+        store_kv(cache, head, position, key, value);
       }
     }
   }
 
+  // As the kernels know it. Of f32, whose type they do not know, keys and values are floats.
+  KvCache view(int64_t slot, int64_t layer) const {
+    const int64_t rows = shape_.heads * shape_.context, first = (slot * shape_.layers + layer) * 2 * rows;
+    uint8_t* keys = data_.get() + first * vector_bytes_;
+    float* scales = type_ == CacheType::int8 ? scales_.get() + first : nullptr;
+    const KvType type = type_ == CacheType::int8 ? KvType::int8 : KvType::f16;
+    return {type, shape_.heads, shape_.context, shape_.head_width, keys, keys + rows * vector_bytes_, scales,
+            scales == nullptr ? nullptr : scales + rows};
+  }
+
+  // Gives slot `to` the first positions of slot `from`.
+  void copy(int64_t from, int64_t to, int64_t positions) {
+    for (int64_t plane = 0; plane < shape_.layers * 2 * shape_.heads; ++plane) {
+      const int64_t planes = shape_.layers * 2 * shape_.heads;
+      const int64_t source = (from * planes + plane) * shape_.context, target = (to * planes + plane) * shape_.context;
+      std::memcpy(data_.get() + target * vector_bytes_, data_.get() + source * vector_bytes_, static_cast<size_t>(positions * vector_bytes_));
+      if (scales_ != nullptr) std::copy_n(scales_.get() + source, positions, scales_.get() + target);
+    }
+  }
+
  private:
-  int64_t place(int64_t slot, int64_t layer, Part part, int64_t position) const {
-    return (((slot * layers_ + layer) * 2 + part) * context_ + position) * width_;
+  template <typename T>
+  static Buffer<T> zeros(int64_t bytes) {
+    Buffer<T> made(static_cast<T*>(std::calloc(static_cast<size_t>(std::max<int64_t>(bytes, 1)), 1)));
+    if (made == nullptr) throw std::bad_alloc();
+    return made;
   }
 
   CacheType type_;
-  int64_t layers_, context_, width_;
+  CacheShape shape_;
+  int64_t vector_bytes_ = 0;
   Buffer<uint8_t> data_;
+  Buffer<float> scales_;
 };
 
 }  // namespace wf

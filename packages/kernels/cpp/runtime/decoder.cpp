@@ -20,7 +20,7 @@ struct Decoder::Row {
 
 // Memory of a chunk of rows. Every buffer is [rows, ...].
 struct Decoder::Scratch {
-  std::vector<float> x, normed, query, key, value, attended, gate, up, projected, prepared, adapted, scores, converted, turns;
+  std::vector<float> x, normed, query, key, value, attended, gate, up, projected, prepared, adapted, scores, turns;
 
   Scratch(const Model& m, int64_t rows, int64_t context) {
     const int64_t inner = m.heads * m.head_width, kv = m.kv_heads * m.head_width, widest = std::max({m.width, inner, m.ffn});
@@ -31,8 +31,7 @@ struct Decoder::Scratch {
     for (auto* buffer : {&gate, &up}) size(*buffer, m.ffn);
     size(prepared, widest);
     size(turns, 2 * m.head_width);  // cos, sin, and those of sliding layers
-    scores.resize(static_cast<size_t>(m.heads / m.kv_heads * context));
-    converted.resize(static_cast<size_t>(m.head_width));
+    scores.resize(static_cast<size_t>(context));
   }
 };
 
@@ -62,7 +61,8 @@ Decoder::Decoder(std::shared_ptr<const Model> model, const DecoderOptions& optio
     : model_(std::move(model)),
       kernels_(options.kernels != nullptr ? *options.kernels : *kernels_of(best_isa())),
       context_(context),
-      cache_(options.cache, options.slots, static_cast<int64_t>(model_->layers.size()), context, model_->kv_heads * model_->head_width),
+      floats_(float_kernels(kernels_.isa)),
+      cache_(options.cache, {options.slots, static_cast<int64_t>(model_->layers.size()), model_->kv_heads, context, model_->head_width}),
       lengths_(static_cast<size_t>(options.slots)) {}
 
 Result<std::unique_ptr<Decoder>> Decoder::create(std::shared_ptr<const Model> model, const DecoderOptions& options) {
@@ -193,8 +193,7 @@ std::optional<Error> Decoder::attend(const Layer& layer, int64_t index, std::spa
     };
     prepare(s.query.data() + i * inner, m.heads, layer.query_norm);
     prepare(s.key.data() + i * kv, m.kv_heads, layer.key_norm);
-    cache_.write(row.slot, index, Cache::keys, row.position, s.key.data() + i * kv);
-    cache_.write(row.slot, index, Cache::values, row.position, s.value.data() + i * kv);
+    cache_.write(row.slot, index, row.position, s.key.data() + i * kv, s.value.data() + i * kv);
   }
   for (int64_t i = 0; i < count; ++i) {
     attend_row(layer.window, index, rows[static_cast<size_t>(i)], s.query.data() + i * inner, s.attended.data() + i * inner, s);
@@ -212,18 +211,24 @@ void Decoder::attend_row(int64_t window, int64_t layer, const Row& row, const fl
   const int64_t group = m.heads / m.kv_heads, width = m.head_width;
   const int64_t first = window > 0 ? std::max<int64_t>(0, row.position - window + 1) : 0;
   const int64_t end = window > 0 ? std::min(row.visible, row.position + window) : row.visible, count = end - first;
+  const KvCache cache = cache_.view(row.slot, layer);
+  if (cache_.type() != CacheType::f32) {
+    for (int64_t kv = 0; kv < m.kv_heads; ++kv) {
+      const int64_t at = kv * group * width;
+      floats_.attention(cache, kv, query + at, group, first, end, m.attention_scale, out + at);
+    }
+    return;
+  }
   std::fill_n(out, m.heads * width, 0.0F);
   for (int64_t kv = 0; kv < m.kv_heads; ++kv) {
-    for (int64_t i = 0; i < count; ++i) {
-      const float* key = cache_.read(row.slot, layer, Cache::keys, first + i, kv * width, width, s.converted.data());
-      for (int64_t g = 0; g < group; ++g) {
-        s.scores[static_cast<size_t>(g * count + i)] = dot(query + (kv * group + g) * width, key, width) * m.attention_scale;
+    const float* keys = static_cast<const float*>(cache.keys) + cache.row(kv, first) * width;
+    const float* values = static_cast<const float*>(cache.values) + cache.row(kv, first) * width;
+    for (int64_t head = kv * group; head < (kv + 1) * group; ++head) {
+      for (int64_t i = 0; i < count; ++i) {
+        s.scores[static_cast<size_t>(i)] = dot(query + head * width, keys + i * width, width) * m.attention_scale;
       }
-    }
-    for (int64_t g = 0; g < group; ++g) softmax(s.scores.data() + g * count, count);
-    for (int64_t i = 0; i < count; ++i) {
-      const float* value = cache_.read(row.slot, layer, Cache::values, first + i, kv * width, width, s.converted.data());
-      for (int64_t g = 0; g < group; ++g) add_scaled(out + (kv * group + g) * width, value, s.scores[static_cast<size_t>(g * count + i)], width);
+      softmax(s.scores.data(), count);
+      for (int64_t i = 0; i < count; ++i) add_scaled(out + head * width, values + i * width, s.scores[static_cast<size_t>(i)], width);
     }
   }
 }

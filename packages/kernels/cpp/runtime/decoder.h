@@ -15,6 +15,7 @@
 #include "runtime/cache.h"
 #include "runtime/model.h"
 #include "runtime/result.h"
+#include "ternary/floats.h"
 
 namespace wf {
 
@@ -79,6 +80,7 @@ class Decoder {
   std::shared_ptr<const Model> model_;
   const Kernels& kernels_;
   int64_t context_;
+  const FloatKernels& floats_;
   Cache cache_;
   std::vector<int64_t> lengths_;
   std::atomic<bool> cancelled_{false};
