@@ -43,12 +43,12 @@ Error out_of(const char* what, int64_t value, const char* why) {
 
 Error not_finite() { return {Kind::number, "a layer's input is not finite: the file's numbers are damaged or too large"}; }
 
-void norm_rows(const Norm& norm, const float* x, int64_t rows, int64_t width, float* out) {
+void norm_rows(const FloatKernels& kernels, const Norm& norm, const float* x, int64_t rows, int64_t width, float* out) {
   if (!norm) {
     std::copy_n(x, rows * width, out);
     return;
   }
-  for (int64_t row = 0; row < rows; ++row) rms_norm(x + row * width, norm.gain.data(), norm.epsilon, width, out + row * width);
+  for (int64_t row = 0; row < rows; ++row) kernels.rms_norm(x + row * width, norm.gain.data(), width, norm.epsilon, out + row * width);
 }
 
 void add(std::vector<float>& x, const std::vector<float>& y, int64_t count) {
@@ -129,8 +129,7 @@ Result<Stats> Decoder::step(std::span<const Sequence> sequences, Rows wanted, fl
     int64_t found = 0;
     for (size_t row = first; row < end; ++row) {
       if (!results[row]) continue;
-      rms_norm(s.x.data() + static_cast<int64_t>(row - first) * width, model_->output_norm.gain.data(), model_->output_norm.epsilon, width,
-               heads.data() + found++ * width);
+      norm_rows(floats_, model_->output_norm, s.x.data() + static_cast<int64_t>(row - first) * width, 1, width, heads.data() + found++ * width);
     }
     if (logits != nullptr) {
       if (!multiply_head(model_, kernels_.isa, heads.data(), found, logits)) return not_finite();
@@ -178,7 +177,7 @@ std::optional<Error> Decoder::attend(const Layer& layer, int64_t index, std::spa
   const Model& m = *model_;
   const auto count = static_cast<int64_t>(rows.size());
   const int64_t inner = m.heads * m.head_width, kv = m.kv_heads * m.head_width, pairs = m.head_width / 2;
-  norm_rows(layer.attention_norm, s.x.data(), count, m.width, s.normed.data());
+  norm_rows(floats_, layer.attention_norm, s.x.data(), count, m.width, s.normed.data());
   if (auto error = apply({&layer.query, &layer.key, &layer.value}, s.normed.data(), count, {s.query.data(), s.key.data(), s.value.data()}, s)) {
     return error;
   }
@@ -187,7 +186,7 @@ std::optional<Error> Decoder::attend(const Layer& layer, int64_t index, std::spa
     const float* turns = s.turns.data() + i * 4 * pairs + (layer.local_rope ? 2 * pairs : 0);
     const auto prepare = [&](float* heads, int64_t number, const Norm& norm) {
       for (float* head = heads; head < heads + number * m.head_width; head += m.head_width) {
-        if (norm) rms_norm(head, norm.gain.data(), norm.epsilon, m.head_width, head);
+        if (norm) floats_.rms_norm(head, norm.gain.data(), m.head_width, norm.epsilon, head);
         rope(head, m.head_width, turns, turns + pairs, m.neighbour_rope);
       }
     };
@@ -198,9 +197,9 @@ std::optional<Error> Decoder::attend(const Layer& layer, int64_t index, std::spa
   for (int64_t i = 0; i < count; ++i) {
     attend_row(layer.window, index, rows[static_cast<size_t>(i)], s.query.data() + i * inner, s.attended.data() + i * inner, s);
   }
-  if (layer.attention_sub_norm) norm_rows(layer.attention_sub_norm, s.attended.data(), count, inner, s.attended.data());
+  if (layer.attention_sub_norm) norm_rows(floats_, layer.attention_sub_norm, s.attended.data(), count, inner, s.attended.data());
   if (auto error = apply({&layer.output}, s.attended.data(), count, {s.projected.data()}, s)) return error;
-  if (layer.post_attention_norm) norm_rows(layer.post_attention_norm, s.projected.data(), count, m.width, s.projected.data());
+  if (layer.post_attention_norm) norm_rows(floats_, layer.post_attention_norm, s.projected.data(), count, m.width, s.projected.data());
   add(s.x, s.projected, count * m.width);
   return {};
 }
@@ -235,12 +234,12 @@ void Decoder::attend_row(int64_t window, int64_t layer, const Row& row, const fl
 
 std::optional<Error> Decoder::feed_forward(const Layer& layer, int64_t tokens, Scratch& s) {
   const Model& m = *model_;
-  norm_rows(layer.mlp_norm, s.x.data(), tokens, m.width, s.normed.data());
+  norm_rows(floats_, layer.mlp_norm, s.x.data(), tokens, m.width, s.normed.data());
   if (auto error = apply({&layer.gate, &layer.up}, s.normed.data(), tokens, {s.gate.data(), s.up.data()}, s)) return error;
   activate(m.activation, s.gate.data(), s.up.data(), tokens * m.ffn);
-  if (layer.mlp_sub_norm) norm_rows(layer.mlp_sub_norm, s.gate.data(), tokens, m.ffn, s.gate.data());
+  if (layer.mlp_sub_norm) norm_rows(floats_, layer.mlp_sub_norm, s.gate.data(), tokens, m.ffn, s.gate.data());
   if (auto error = apply({&layer.down}, s.gate.data(), tokens, {s.projected.data()}, s)) return error;
-  if (layer.post_mlp_norm) norm_rows(layer.post_mlp_norm, s.projected.data(), tokens, m.width, s.projected.data());
+  if (layer.post_mlp_norm) norm_rows(floats_, layer.post_mlp_norm, s.projected.data(), tokens, m.width, s.projected.data());
   add(s.x, s.projected, tokens * m.width);
   return {};
 }
@@ -257,7 +256,7 @@ std::optional<Error> Decoder::apply(const std::vector<const Linear*>& layers, co
   }
   const int64_t columns = layers[0]->columns();
   if (!together) {
-    norm_rows(layers[0]->norm, x, tokens, columns, s.prepared.data());
+    norm_rows(floats_, layers[0]->norm, x, tokens, columns, s.prepared.data());
     for (int64_t token = 0; layers[0]->rotated && token < tokens; ++token) rotate(s.prepared.data() + token * columns, columns);
     x = s.prepared.data();
   }

@@ -1,9 +1,31 @@
 #include "runtime/ops.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstdint>
 
 namespace wf {
+namespace {
+
+// e^x within 2 units in the last place, in a form that compilers put into vectors: x = n ln 2 + r, a polynomial in r (Cephes), and n
+// added to the exponent. Beyond +-87 as at +-87.
+float exponential(float x) {
+  constexpr float kRound = 0x1.8p23F;  // adding it leaves a whole number in the lowest bits
+  x = std::min(std::max(x, -87.0F), 87.0F);
+  const float shifted = x * 1.44269504F + kRound, n = shifted - kRound;
+  const float r = (x - n * 0.693359375F) + n * 2.12194440e-4F;
+  float p = 1.9875691500e-4F;
+  p = p * r + 1.3981999507e-3F;
+  p = p * r + 8.3334519073e-3F;
+  p = p * r + 4.1665795894e-2F;
+  p = p * r + 1.6666665459e-1F;
+  p = p * r + 5.0000001201e-1F;
+  p = p * r * r + r + 1.0F;
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(shifted) << 23));
+}
+
+}  // namespace
 
 float dot(const float* a, const float* b, int64_t count) {
   constexpr int kLanes = 16;  // independent sums, which a compiler may keep in vectors
@@ -19,15 +41,10 @@ float dot(const float* a, const float* b, int64_t count) {
   return sums[0];
 }
 
-void rms_norm(const float* x, const float* gain, float epsilon, int64_t count, float* out) {
-  const float inverse = 1.0F / std::sqrt(dot(x, x, count) / static_cast<float>(count) + epsilon);
-  for (int64_t i = 0; i < count; ++i) out[i] = x[i] * inverse * gain[i];
-}
-
 void activate(Activation kind, float* gate, const float* up, int64_t count) {
   switch (kind) {
     case Activation::silu:
-      for (int64_t i = 0; i < count; ++i) gate[i] = gate[i] / (1.0F + std::exp(-gate[i])) * up[i];
+      for (int64_t i = 0; i < count; ++i) gate[i] = gate[i] / (1.0F + exponential(-gate[i])) * up[i];
       return;
     case Activation::relu2:
       for (int64_t i = 0; i < count; ++i) {
@@ -75,7 +92,7 @@ void softmax(float* scores, int64_t count) {
   const float largest = *std::max_element(scores, scores + count);
   float sum = 0;
   for (int64_t i = 0; i < count; ++i) {
-    scores[i] = std::exp(scores[i] - largest);
+    scores[i] = exponential(scores[i] - largest);
     sum += scores[i];
   }
   for (int64_t i = 0; i < count; ++i) scores[i] /= sum;

@@ -9,9 +9,6 @@ enum class Activation : int { silu, relu2, gelu_tanh };
 
 float dot(const float* a, const float* b, int64_t count);
 
-// out = x · rsqrt(mean(x²) + epsilon) · gain; out may be x.
-void rms_norm(const float* x, const float* gain, float epsilon, int64_t count, float* out);
-
 // gate = activation(gate) · up
 void activate(Activation kind, float* gate, const float* up, int64_t count);
 
