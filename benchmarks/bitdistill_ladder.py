@@ -93,9 +93,8 @@ def relations(weight: float | str, normalisation: str, layer: int = LAYER, **opt
 
 
 LD = logits(10.0, 1.0, scope="attended")
-LABEL = logits(10.0, 5.0)
 FULL, COSINE = LD | relations(AUTO, "paper"), LD | relations(AUTO, "official")
-PAPER = LABEL | relations(1e5, "paper")
+PAPER = logits(10.0, 5.0) | relations(1e5, "paper")
 OFFICIAL = logits(10.0, 5.0, tau_squared=True, scope="attended") | relations(1e5, "official", causal=False, per_head=True)
 RATE_FLOAT = 1e-3
 ARMS = {
@@ -111,8 +110,6 @@ ARMS = {
     "full, paper's constants": Arm(parts=PAPER, before="+ CPT"),
     "full, official constants": Arm(parts=OFFICIAL, before="+ CPT"),
     "+ LD, shuffled teacher": Arm(parts=LD, teacher="shuffled", before="+ CPT"),
-    "+ LD of the label alone": Arm(parts=LABEL, before="+ CPT"),
-    "+ LD of the label alone, shuffled teacher": Arm(parts=LABEL, teacher="shuffled", before="+ CPT"),
     "full, auto, cosine, shuffled teacher": Arm(parts=COSINE, teacher="shuffled", before="+ CPT"),
     "+ CPT, 4 times": Arm(cpt=300, parts={}, teacher="", before="+ CPT"),
     "full, auto, cosine, 4 times CPT": Arm(cpt=300, parts=COSINE, before="+ CPT, 4 times"),
