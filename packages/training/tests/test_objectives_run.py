@@ -399,6 +399,23 @@ def test_a_layer_that_is_not_there_is_refused_before_a_model_is_made(quick, monk
     assert "layer=7 is out of range" in capsys.readouterr().err
 
 
+def test_random_adapters_are_of_the_runs_seed_and_of_nothing_else(quick, pretrained):
+    settings = from_directory(quick, pretrained, "model.lrc={rank: 4, start: random}", "objectives={logits: {}}")
+
+    def adapter(seed):
+        return build_start(load_run_config([*settings, f"training.seed={seed}"])).model.model.layers[0].mlp.up_proj.lrc_v
+
+    before, state = adapter(0), torch.random.get_rng_state()
+    torch.rand(7)
+    assert torch.equal(before, adapter(0))
+    assert not torch.equal(before, adapter(1))
+    torch.random.set_rng_state(state)
+    follows = torch.rand(3)
+    torch.random.set_rng_state(state)
+    adapter(0)
+    assert torch.equal(follows, torch.rand(3))
+
+
 def test_a_rank_above_a_matrix_is_refused_before_a_model_is_made(quick, monkeypatch, capsys):
     monkeypatch.setattr(models, "train_float", lambda *args, **options: pytest.fail("a model was made"))
     assert main([*quick, "model.lrc={rank: 33}"]) == 2

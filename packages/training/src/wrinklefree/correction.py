@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from bitnet_arch.lrc.model import LRCConfig, adapter_parameters, add_lrc, check_model_rank, start_lrc
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -60,8 +61,13 @@ class CorrectionConfig:
         """
         check_model_rank(model, self.rank)
 
-    def build(self, model: PreTrainedModel, calibration: Iterable[Tensor]) -> PreTrainedModel:
+    def build(self, model: PreTrainedModel, calibration: Iterable[Tensor], seed: int) -> PreTrainedModel:
         """Correct a float model, which must not be used afterwards; only the adapters are left to be trained.
+
+        Args:
+            model: as `bitnet_arch.lrc.model.add_lrc` takes it.
+            calibration: token ids, of "solved".
+            seed: of the adapters, of "random"; other random numbers of the process stay as they are.
 
         Raises:
             bitnet_arch.UserError: for a rank above a matrix's, or a model that cannot be corrected.
@@ -69,7 +75,9 @@ class CorrectionConfig:
         if self.start == "solved":
             corrected = add_lrc(model, calibration, self.settings())
         else:
-            corrected = start_lrc(model, self.rank, self.dtype)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                corrected = start_lrc(model, self.rank, self.dtype)
         corrected.requires_grad_(False)
         for parameter in adapter_parameters(corrected):
             parameter.requires_grad_(True)

@@ -112,10 +112,11 @@ def _converted(
     model = load_float_model(source)
     if config.model.lrc is not None:
         count = config.model.lrc.rows
-        model = config.model.lrc.build(model, calibration_rows(config.data, tokenizer, context, count))
+        rows = calibration_rows(config.data, tokenizer, context, count)
+        model = config.model.lrc.build(model, rows, config.training.seed)
     else:
-        rows = list(calibration_rows(config.data, tokenizer, context)) if conversion.calibrates else None
-        model = convert_model(model, conversion, rows)
+        calibration = list(calibration_rows(config.data, tokenizer, context)) if conversion.calibrates else None
+        model = convert_model(model, conversion, calibration)
     return Start(model, tokenizer, source.note, source.provenance, source.path, trained)
 
 
