@@ -32,7 +32,7 @@ def run(*command, **options):
 def build(directory, *options):
     need("cmake", "make")
     run("cmake", "-G", "Unix Makefiles", "-S", SOURCES, "-B", directory, *options)
-    run("cmake", "--build", directory, "--target", "ternary_check")
+    run("cmake", "--build", directory, "--target", "ternary_check", "--parallel", "2")
     return directory / "ternary_check"
 
 
