@@ -38,8 +38,9 @@ def build(directory, *options):
 
 def test_no_kernel_reads_or_writes_beyond_its_arrays(tmp_path):
     need("g++")
-    flags = "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined -fno-sanitize-recover=all"
-    program = build(tmp_path, "-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DCMAKE_CXX_COMPILER=g++", flags)
+    # Not -O2 with -g, for which gcc 12 takes minutes a file.
+    flags = "-DCMAKE_CXX_FLAGS=-O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+    program = build(tmp_path, "-DCMAKE_BUILD_TYPE=", "-DCMAKE_CXX_COMPILER=g++", flags)
     names = ",".join(bitnet_kernels.available_isas())
     assert run(program, names).strip() == names
 
