@@ -34,7 +34,7 @@ SHAPES: dict[str, dict[str, int | str]] = {
 BARS = {"2b4t": (0.85, 0.8, 128), "smollm2-135m": (0.65, None, 512)}
 """Share of bandwidth while decoding, share of the peak over a prompt, and its tokens."""
 
-DECODED, DOTS, READ_ROWS = 16, 200_000, 1 << 16
+DECODED, DOTS, READ_ROWS = 16, 4_000_000, 1 << 16
 
 
 def write_model(path: Path, shape: dict[str, Any]) -> tuple[int, int]:

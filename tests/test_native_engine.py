@@ -541,6 +541,20 @@ def test_a_key_that_cannot_be_is_named(key, value, says, tmp_path):
     assert str(out) in str(raised.value)
 
 
+@pytest.mark.parametrize(("embedding", "place"), [("f16", 1), ("bf16", 1), ("q8_0", 1), ("q6_k", 209), ("q4_1", 3)])
+def test_an_embedding_that_is_no_number_is_refused(embedding, place, tmp_path):
+    path = write(form(random_model(lambda: LlamaForCausalLM(LlamaConfig(**WIDE))), "none"), tmp_path, embedding=embedding)
+    data, file = bytearray(path.read_bytes()), read_gguf(path)
+    for name in ("token_embd.weight", "output.weight"):
+        info = file.tensors[name]
+        for at in (info.offset, info.offset + info.nbytes - file.raw(name).shape[1]):  # first and last row
+            changed = data[:]
+            changed[at + place - 1 : at + place + 1] = b"\x80\x7f"  # infinity in bfloat16, NaN in half precision
+            (tmp_path / "changed.gguf").write_bytes(changed)
+            with pytest.raises(ValueError, match=f"tensor {name} holds values that are no numbers"):
+                Engine(tmp_path / "changed.gguf")
+
+
 def test_matrices_that_are_not_ternary_are_refused(tmp_path):
     path = write(form(random_model(lambda: LlamaForCausalLM(LlamaConfig(**WIDE))), "none"), tmp_path, "f16")
     data, file = bytearray(path.read_bytes()), read_gguf(path)

@@ -226,6 +226,13 @@ class Loader {
     model_.output_norm = norm("output_norm.weight", model_.width);
     if (keys_.error()) return;
     if (is_ternary(table->type) || is_ternary(head->type)) keys_.fail("its embeddings or its head are ternary, which the decoder does not run");
+    for (const char* name : {"token_embd.weight", "output.weight"}) {
+      const Tensor* tensor = file_.tensor(name);
+      if (!keys_.error() && tensor != nullptr && !all_finite(*tensor)) {
+        keys_.fail(std::string("its tensor ") + name + " holds values that are no numbers");
+      }
+    }
+    if (keys_.error()) return;
     model_.embedding = *table;
     model_.head = *head;
     const std::map<Type, BlockType> blocks = {{Type::q8_0, BlockType::q8_0}, {Type::q6_k, BlockType::q6_k}, {Type::q4_1, BlockType::q4_1}};

@@ -144,6 +144,34 @@ void ternary_row(const Tensor& tensor, int64_t row, uint8_t* codes, float* scale
   }
 }
 
+bool all_finite(const Tensor& tensor) {
+  const auto* data = reinterpret_cast<const uint8_t*>(tensor.data.data());
+  const auto size = static_cast<int64_t>(tensor.data.size());
+  // Numbers of two bytes, `step` apart, whose exponent has all bits of `mask` set.
+  const auto none = [=](int64_t first, int64_t step, uint16_t mask) {
+    bool found = false;
+    for (int64_t at = first; at < size; at += step) found |= (load<uint16_t>(data + at) & mask) == mask;
+    return !found;
+  };
+  constexpr uint16_t kHalf = 0x7c00, kBrain = 0x7f80;  // the latter also of a float's upper half
+  switch (tensor.type) {
+    case Type::f32:
+      return none(2, 4, kBrain);
+    case Type::bf16:
+      return none(0, 2, kBrain);
+    case Type::f16:
+      return none(0, 2, kHalf);
+    case Type::q4_1:
+      return none(0, 20, kHalf) && none(2, 20, kHalf);
+    case Type::q8_0:
+      return none(0, 34, kHalf);
+    case Type::q6_k:
+      return none(208, 210, kHalf);
+    default:
+      return false;
+  }
+}
+
 float half_to_float(uint16_t half) {
   // The exponent is moved by a multiplication, which also makes denormals normal.
   const uint32_t magnitude = half & 0x7fffU, sign = static_cast<uint32_t>(half & 0x8000U) << 16;

@@ -17,6 +17,9 @@ void float_row(const Tensor& tensor, int64_t row, float* out);
 // [columns / block]; of I2_S one scale, the tensor's.
 void ternary_row(const Tensor& tensor, int64_t row, uint8_t* codes, float* scales);
 
+// Whether every number of a float tensor is finite: of blocks, whether their scales are.
+bool all_finite(const Tensor& tensor);
+
 float half_to_float(uint16_t half);
 uint16_t float_to_half(float value);  // rounds to nearest, ties to even
 

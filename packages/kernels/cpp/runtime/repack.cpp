@@ -5,9 +5,11 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "runtime/numbers.h"
+#include "ternary/formats.h"
 
 namespace wf {
 namespace {
@@ -54,6 +56,38 @@ const char* read_ternary(const Tensor& tensor, int64_t row, uint8_t* codes, floa
     }
   }
   return nullptr;
+}
+
+// The scale of a ternary type's blocks, if they all have the same one.
+std::optional<float> only_scale(const Tensor& tensor) {
+  const auto* data = reinterpret_cast<const uint8_t*>(tensor.data.data());
+  const TypeSize& size = *size_of(tensor.type);
+  if (tensor.type == Type::i2_s) {
+    float scale;
+    std::memcpy(&scale, data + tensor.data.size() - kI2sTail, sizeof scale);
+    return scale;
+  }
+  const int64_t place = tensor.type == Type::q2_0 ? 0 : size.bytes - 2, blocks = tensor.elements() / size.block;
+  uint16_t first, other;
+  std::memcpy(&first, data + place, sizeof first);
+  for (int64_t block = 1; block < blocks; ++block) {
+    std::memcpy(&other, data + block * size.bytes + place, sizeof other);
+    if (other != first) return std::nullopt;
+  }
+  return half_to_float(first);
+}
+
+Format format_of(Type type) {
+  switch (type) {
+    case Type::tq1_0:
+      return Format::tq1_0;
+    case Type::tq2_0:
+      return Format::tq2_0;
+    case Type::i2_s:
+      return Format::i2_s;
+    default:
+      return Format::q2_0;
+  }
 }
 
 const char* read_floats(const Tensor& tensor, int64_t row, uint8_t* codes, float* values, Scales& scales) {
@@ -132,6 +166,24 @@ void coarsen(Scales& scales, OwnedMatrix& out) {
   view.scales = out.scales.get();
 }
 
+// Reads and packs row by row, comparing scales; returns what is wrong.
+const char* repack_rows(const Tensor& tensor, const TernaryMatrix& view, uint8_t* out, Scales& scales) {
+  const int64_t blocks = view.blocks();
+  std::vector<uint8_t> codes(static_cast<size_t>(blocks * kBlockColumns), 1);
+  std::vector<float> floats(static_cast<size_t>(view.columns));
+  const auto read = is_ternary(tensor.type) ? read_ternary : read_floats;
+  for (int64_t row = 0; row < view.rows; ++row) {
+    if (const char* why = read(tensor, row, codes.data(), floats.data(), scales)) return why;
+    pack_row(codes.data(), blocks, out + row / kPanelRows * blocks * kBlockBytes, row % kPanelRows);
+  }
+  // The rows that fill up the last panel.
+  std::fill(codes.begin(), codes.end(), uint8_t{1});
+  for (int64_t row = view.rows; row < view.panels() * kPanelRows; ++row) {
+    pack_row(codes.data(), blocks, out + row / kPanelRows * blocks * kBlockBytes, row % kPanelRows);
+  }
+  return nullptr;
+}
+
 }  // namespace
 
 Result<SharedMatrix> repack(const Gguf& file, const std::string& stem) {
@@ -144,18 +196,16 @@ Result<SharedMatrix> repack(const Gguf& file, const std::string& stem) {
   view.codes = made->codes.get();
 
   Scales scales(view.rows, view.groups());
-  const int64_t blocks = view.blocks();
-  std::vector<uint8_t> codes(static_cast<size_t>(blocks * kBlockColumns), 1);
-  std::vector<float> floats(static_cast<size_t>(view.columns));
-  const auto read = is_ternary(tensor.type) ? read_ternary : read_floats;
-  for (int64_t row = 0; row < view.rows; ++row) {
-    if (const char* why = read(tensor, row, codes.data(), floats.data(), scales)) return fail("weight", why);
-    pack_row(codes.data(), blocks, made->codes.get() + row / kPanelRows * blocks * kBlockBytes, row % kPanelRows);
-  }
-  // The rows that fill up the last panel.
-  std::fill(codes.begin(), codes.end(), uint8_t{1});
-  for (int64_t row = view.rows; row < view.panels() * kPanelRows; ++row) {
-    pack_row(codes.data(), blocks, made->codes.get() + row / kPanelRows * blocks * kBlockBytes, row % kPanelRows);
+  if (const auto scale = is_ternary(tensor.type) ? only_scale(tensor) : std::nullopt) {
+    // Nothing to compare: the packer that knows the type reads the codes.
+    const auto* data = reinterpret_cast<const uint8_t*>(tensor.data.data());
+    if (!pack_from(format_of(tensor.type), data, view.rows, view.columns, made->codes.get())) {
+      return fail("weight", "holds a code outside -1, 0 and 1");
+    }
+    std::fill(scales.of.begin(), scales.of.end(), *scale);
+    std::fill(scales.live.begin(), scales.live.end(), uint8_t{1});
+  } else if (const char* why = repack_rows(tensor, view, made->codes.get(), scales)) {
+    return fail("weight", why);
   }
   if (const Tensor* extra = file.tensor(stem + "scale")) {
     if (const char* why = apply(*extra, scales)) return fail("scale", why);
