@@ -344,3 +344,44 @@ def test_a_compiled_correction_is_one_graph():
     packed, x = corrected("int8"), torch.randn(4, 96)
     with torch.no_grad():
         assert torch.equal(torch.compile(packed, fullgraph=True, backend="aot_eager")(x), packed(x))
+
+
+@pytest.mark.parametrize("shape", [(3, 128), (4000, 512), (3, 32), (), (128,), (96, 3)], ids=str)
+def test_an_input_of_another_width_is_refused_before_it_is_read(shape):
+    """The kernels get addresses: without this they would read and write beyond."""
+    packed, adapted = layer(), corrected("float16")
+    for x in (torch.randn(shape), torch.randn(shape, requires_grad=True)):
+        with pytest.raises(UserError, match=r"^x: floating point \[\.\.\., 96\] is wanted"):
+            packed(x)
+        with torch.no_grad(), pytest.raises((UserError, RuntimeError)):
+            adapted(x)
+    with pytest.raises(Exception, match=r"is wanted, not"):
+        torch.compile(packed, backend="aot_eager", fullgraph=True)(torch.randn(shape))
+
+
+def test_the_operators_refuse_what_does_not_fit():
+    packed = layer()
+    with pytest.raises(UserError, match=r"^bias: \[32\] is wanted, not \[31\]"):
+        ternary_linear(torch.randn(2, 96), packed.weight, packed.weight_scale, torch.zeros(31))
+    with pytest.raises(UserError, match=r"^x: floating point"):
+        ternary_linear(torch.zeros(2, 96, dtype=torch.int64), packed.weight, packed.weight_scale)
+    y, x, u, v = torch.zeros(2, 32), torch.randn(2, 96), torch.randn(32, 4), torch.randn(96, 4)
+    good = kernel_ops.low_rank_corrected(y, x, u, v, "float16")
+    assert good.shape == y.shape
+    for wrong in (
+        (y, x.bfloat16(), u, v),
+        (y.double(), x, u, v),
+        (y[:, :8], x, u, v),
+        (y[:1], x, u, v),
+        (y, x[:, :64], u, v),
+        (y, x, u[:, :3], v),
+        (y, x, u[0], v),
+    ):
+        with pytest.raises(UserError, match=r"wanted"):
+            kernel_ops.low_rank_corrected(*wrong, "float16")
+
+
+def test_a_correction_says_that_it_has_no_gradient():
+    y, x, u, v = torch.zeros(2, 32), torch.randn(2, 96, requires_grad=True), torch.randn(32, 4), torch.randn(96, 4)
+    with pytest.raises(UserError, match="no gradient"):
+        kernel_ops.low_rank_corrected(y, x, u, v, "float16").sum().backward()

@@ -101,7 +101,7 @@ def ternary_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor
         `[..., out]` in x's dtype; NaN for tokens that hold a NaN or an infinity.
 
     Raises:
-        UserError: for codes outside {-1, 0, 1}.
+        UserError: for codes outside {-1, 0, 1}, or tensors that do not fit each other.
     """
     y: Tensor = _operator(x, weight, weight_scale, bias)
     return y
@@ -118,7 +118,7 @@ def corrects(y: Tensor, x: Tensor) -> bool:
 
 
 def low_rank_corrected(y: Tensor, x: Tensor, u: Tensor, v: Tensor, dtype: str) -> Tensor:
-    """Return `y + U Vᵀ x` by the kernels, with adapters as they are stored. No gradient.
+    """Return `y + U Vᵀ x` by the kernels, with adapters as they are stored. It has no gradient: asking for one is an error.
 
     Args:
         y: float32 `[..., out]`.
@@ -126,6 +126,9 @@ def low_rank_corrected(y: Tensor, x: Tensor, u: Tensor, v: Tensor, dtype: str) -
         u: `[out, rank]`, floating point.
         v: `[in, rank]`, floating point.
         dtype: what adapters are stored in, as in `bitnet_arch.lrc.adapters`.
+
+    Raises:
+        UserError: for tensors of other types, or that do not fit each other.
     """
     corrected: Tensor = torch.ops.bitnet.low_rank_corrected.default(y, x, u, v, dtype)
     return corrected
@@ -175,7 +178,26 @@ def _pack_adapters(u: Tensor, v: Tensor, dtype: str) -> Any:
     return LowRank(u_codes.numpy(), v_codes.numpy(), u_scale.numpy(), v_scale.numpy())._native
 
 
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Refuse what the kernels, which get addresses, would read or write beyond."""
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1] or not x.is_floating_point():
+        raise UserError(f"x: floating point [..., {weight.shape[1]}] is wanted, not {x.dtype} {list(x.shape)}")
+    if bias is not None and (bias.ndim != 1 or bias.shape[0] != CODES_PER_BYTE * weight.shape[0]):
+        raise UserError(f"bias: [{CODES_PER_BYTE * weight.shape[0]}] is wanted, not {list(bias.shape)}")
+
+
+def _fits_adapters(y: Tensor, x: Tensor, u: Tensor, v: Tensor) -> None:
+    if x.dtype != torch.float32 or y.dtype != torch.float32:
+        raise UserError(f"x and y: float32 is wanted, not {x.dtype} and {y.dtype}")
+    if u.ndim != 2 or v.ndim != 2 or u.shape[1] != v.shape[1]:
+        raise UserError(f"u and v: [out, rank] and [in, rank] are wanted, not {list(u.shape)} and {list(v.shape)}")
+    if x.ndim == 0 or x.shape[-1] != v.shape[0] or y.shape != (*x.shape[:-1], u.shape[0]):
+        wanted = f"[..., {v.shape[0]}] and [..., {u.shape[0]}]"
+        raise UserError(f"x and y: {wanted} of as many tokens are wanted, not {list(x.shape)} and {list(y.shape)}")
+
+
 def _forward(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    _fits(x, weight, bias)
     rows = x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
     y = rows.new_empty((*x.shape[:-1], CODES_PER_BYTE * weight.shape[0]))
     matrix = _kept(_pack, weight, weight_scale)
@@ -186,10 +208,12 @@ def _forward(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | Non
 
 
 def _fake(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    _fits(x, weight, bias)
     return x.new_empty((*x.shape[:-1], CODES_PER_BYTE * weight.shape[0]))
 
 
 def _corrected(y: Tensor, x: Tensor, u: Tensor, v: Tensor, dtype: str) -> Tensor:
+    _fits_adapters(y, x, u, v)
     rows, out = x.contiguous(), y.clone(memory_format=torch.contiguous_format)
     adapters = _kept(_pack_adapters, u, v, dtype)
     adapters.add_at(bitnet_kernels.isa(), rows.data_ptr(), rows.numel() // v.shape[0], out.data_ptr())
@@ -197,7 +221,12 @@ def _corrected(y: Tensor, x: Tensor, u: Tensor, v: Tensor, dtype: str) -> Tensor
 
 
 def _fake_corrected(y: Tensor, x: Tensor, u: Tensor, v: Tensor, dtype: str) -> Tensor:
+    _fits_adapters(y, x, u, v)
     return y.new_empty(y.shape)
+
+
+def _no_gradient(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+    raise UserError("low_rank_corrected has no gradient: train adapters with bitnet_arch.lrc.adapters.correction")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -223,6 +252,7 @@ _library.define(
 )
 _library.impl("low_rank_corrected", _corrected, "CPU")
 torch.library.register_fake("bitnet::low_rank_corrected", _fake_corrected, lib=_library)
+torch.library.register_autograd("bitnet::low_rank_corrected", _no_gradient, lib=_library)
 _operator = torch.ops.bitnet.ternary_linear.default
 
 
