@@ -4,7 +4,7 @@ uv run python benchmarks/contended.py --json contended.json
 
 Both decode a random ternary model of one shape (TQ2_0), one token after the other, alone and beside processes that only
 count, in turns. llama.cpp (xllamacpp, an AVX2 build) decodes for real; ours are the products of all layers with one token's
-activations, without attention and norms, which no engine of ours computes yet: so compare what each keeps, not their speeds.
+activations, without attention and norms: so compare what each keeps, not their speeds.
 "kept" is the median over rounds of the speed beside the neighbour as a part of the speed alone in the same round. Needs as
 many idle processors as threads.
 
