@@ -154,3 +154,13 @@ def test_the_fuzzer_sees_a_message_that_names_nothing(monkeypatch):
     monkeypatch.setitem(CALLS, "message", message)
     with pytest.raises(AssertionError, match="no argument is named"):
         try_once("message", 0)
+
+
+def test_matrices_are_any_that_can_be_counted(w):
+    expected = w.matmul(X)
+    got = bitnet_kernels.matmul_many((matrix for matrix in (w, w)), X)
+    assert len(got) == 2
+    assert all(np.array_equal(y, expected) for y in got)
+    for wrong in (None, w, 3):
+        with pytest.raises(TypeError, match="^matrices: "):
+            bitnet_kernels.matmul_many(wrong, X)

@@ -68,6 +68,26 @@ def test_products_are_those_of_floats(isa, kind, threads):
     bitnet_kernels.set_threads(before)
 
 
+def test_small_codes_of_q6_k_do_not_cancel(isa):
+    """Codes that stand for -1, 0 and 1 lie around 32: nothing as large as 32 times the activations may be taken away in floats."""
+    data, _ = random_blocks("q6_k", 64, 512)
+    rng = np.random.default_rng(3)
+    codes = rng.integers(31, 34, (64, 2, 256), dtype=np.uint8).reshape(64, 2, 2, 2, 2, 32)  # half, high bits' pair, nibble's byte
+    blocks = data.reshape(64, 2, 210)
+    low = codes & 15
+    blocks[..., :128] = (low[:, :, :, 0] | low[:, :, :, 1] << 4).reshape(64, 2, 128)
+    high = (codes >> 4).reshape(64, 2, 2, 4, 32)
+    blocks[..., 128:192] = (high[..., 0, :] | high[..., 1, :] << 2 | high[..., 2, :] << 4 | high[..., 3, :] << 6).reshape(64, 2, 64)
+    weights = dequantize(data, GGMLQuantizationType.Q6_K)
+    units = weights.reshape(64, 2, 16, 16)
+    factors = np.abs(units).max(-1, keepdims=True)
+    assert np.isin(np.divide(units, factors, out=np.zeros_like(units), where=factors > 0), (-1, 0, 1)).all()
+    x = rng.standard_normal((5, 512), dtype=np.float32) + 100
+    expected = x.astype(np.float64) @ weights.astype(np.float64).T
+    got = BlockMatrix(data, "q6_k", 512).matmul(x)
+    assert np.abs(got - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
 def test_activations_are_not_quantised(isa):
     data, weights = random_blocks("q8_0", 64, 64)
     x = np.random.default_rng(2).standard_normal((1, 64), dtype=np.float32)

@@ -110,19 +110,39 @@ def test_scores_that_differ_by_hundreds(isa):
 def test_halves_are_rounded_as_numpy_does():
     values = np.concatenate(
         [
+            np.array([2.0**-24, 2.0**-25, 1.5 * 2.0**-25, 2.0**-14, 65519.9, -0.0, 1 + 2.0**-11, 1 + 3 * 2.0**-11], np.float32),
             np.arange(0, 2**16, 7, dtype=np.uint16).view(np.float16).astype(np.float32),
             normal(4000) * 10.0 ** np.random.default_rng(5).integers(-9, 6, 4000).astype(np.float32),
-            np.array(
-                [2.0**-24, 2.0**-25, 1.5 * 2.0**-25, 2.0**-14, 65519.9, 65520.0, -0.0, 1 + 2.0**-11, 1 + 3 * 2.0**-11], np.float32
-            ),
         ]
     ).astype(np.float32)
     values = values[np.isfinite(values) & (np.abs(values) < 65520)][: 16 * 800].reshape(-1, 1, 16)
     cache = KvCache("f16", 1, 16, len(values))
     cache.append(values, values)
-    for position in range(0, len(values), 3):  # attention to one position gives its value
+    for position in range(len(values)):  # attention to one position gives its value
         got = cache.attention(np.zeros((1, 1, 16), np.float32), np.array([[position, position + 1]]), 1.0)
         assert np.array_equal(got[0], values[position].astype(np.float16).astype(np.float32))
+
+
+def test_what_is_not_finite_stays_so(isa):
+    """A key beyond float16 becomes infinite, and times 0 NaN: no instruction set may turn that into a weight."""
+    keys, values = normal(70, 1, 16), normal(70, 1, 16)
+    q, ranges = np.zeros((1, 1, 16), np.float32), np.array([[0, 70]])
+    for position in (0, 3, 63, 64, 69):
+        for key, lost in ((1e5, True), (6e4, False)):
+            cache = KvCache("f16", 1, 16, 70)
+            cache.append(np.where(np.arange(70)[:, None, None] == position, np.float32(key), keys), values)
+            assert np.isnan(cache.attention(q, ranges, 0.25)).all() == lost
+
+
+def test_tiny_vectors_are_kept_as_zero(isa):
+    x = np.zeros((2, 1, 16), np.float32)
+    x[0, 0, :2] = 1e-38, -3e-37  # 127 / 3e-37 is beyond float32
+    x[1, 0, :2] = 1e-36, -4e-37
+    cache = KvCache("int8", 1, 16, 2)
+    cache.append(x, x)
+    got = [cache.attention(x[:1, :], np.array([[i, i + 1]]), 1.0)[0, 0] for i in range(2)]
+    assert not got[0].any()
+    np.testing.assert_allclose(got[1], x[1, 0], atol=1e-38)
 
 
 def test_bad_input_is_named():
@@ -130,6 +150,7 @@ def test_bad_input_is_named():
     x = normal(3, 2, 16)
     cache.append(x, x)
     whole = np.array([[0, 3]] * 3)
+    broken = [np.where(np.arange(16) == 15, np.float32(value), x[:1]) for value in (np.nan, np.inf, -np.inf)]
     for call, name in (
         (lambda: KvCache("f32", 2, 16, 4), "kind"),
         (lambda: KvCache("f16", 0, 16, 4), "heads"),
@@ -140,6 +161,15 @@ def test_bad_input_is_named():
         (lambda: cache.attention(x, whole[:2], 1.0), "ranges"),
         (lambda: cache.attention(x, whole + 1, 1.0), "ranges"),
         (lambda: cache.attention(x, -whole, 1.0), "ranges"),
+        *((lambda bad=bad: cache.append(bad, x[:1]), "keys: finite") for bad in broken),
+        *((lambda bad=bad: cache.append(x[:1], bad), "values: finite") for bad in broken),
+        *((lambda bad=bad: cache.attention(bad, whole[:1], 1.0), "q: finite") for bad in broken),
+        *((lambda bad=bad: cache.attention(x, whole, bad), "scale") for bad in (np.nan, np.inf, 1e39, 10**400, "a", None)),
+        (lambda: KvCache("f16", "2", 16, 4), "heads"),
+        (lambda: KvCache("f16", 2, 1.5, 4), "head_dim"),
+        (lambda: KvCache("f16", 2, 16, None), "capacity"),
+        (lambda: KvCache(["f16"], 2, 16, 4), "kind"),
+        *((lambda bad=bad: rms_norm(x[0], x[0, 0], bad), "epsilon") for bad in (None, "a", np.nan, np.inf)),
         (lambda: rms_norm(x[0], np.ones(15, np.float32), 1e-5), "weight"),
         (lambda: rms_norm(x[0], np.ones(16, np.float32), -1.0), "epsilon"),
         (lambda: rope(x, np.ones((3, 9), np.float32), np.ones((3, 9), np.float32)), "cos"),

@@ -50,10 +50,9 @@ def test_every_float16_is_read_exactly():
 def test_adapters_that_do_not_fit_are_refused():
     half, small, scale = np.ones((4, 2), np.float16), np.ones((4, 2), np.int8), np.ones(2, np.float32)
     for arguments, what in [
-        ((half.astype(np.float32), half), "u: float16 is wanted"),
+        ((half.astype(np.float32), half), "u: float16 or int8 is wanted"),
         ((half, small), "v: float16 is wanted"),
-        ((small, small), "u: float16 is wanted"),
-        ((half, half, scale, scale), "u: int8 is wanted"),
+        ((small, half, scale, scale), "v: int8 is wanted"),
         (([1], half), "u: an array is wanted"),
     ]:
         with pytest.raises(TypeError, match=what):
@@ -63,6 +62,10 @@ def test_adapters_that_do_not_fit_are_refused():
         ((half[0], half), "u: a shape of"),
         ((half[:, :0], half), "u: a shape of"),
         ((small, small, np.ones(3, np.float32), scale), "u_scale: a shape of"),
+        ((small, small), "u_scale: int8 needs"),
+        ((small, small, scale), "v_scale: int8 needs"),
+        ((half, half, scale, scale), "u_scale: .*float16 has none"),
+        ((half, half, None, scale), "v_scale: .*float16 has none"),
     ]:
         with pytest.raises(ValueError, match=what):
             LowRank(*arguments)

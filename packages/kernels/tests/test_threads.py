@@ -103,6 +103,43 @@ def test_the_environment_says_how_many(variables, count):
     assert int(done.stdout) == count
 
 
+@pytest.mark.parametrize("count", ["abc", "0", "-3", "65", "1e9", "1000000000", "2.0", " "])
+def test_an_environment_that_cannot_be_is_refused(count):
+    command = [sys.executable, "-c", "import bitnet_kernels"]
+    done = subprocess.run(command, env=os.environ | {"WF_THREADS": count}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ValueError: WF_THREADS: from 1 to 64 threads are possible, not")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_where_threads_cannot_start_the_others_compute():
+    code = """
+import os, resource
+import numpy as np, bitnet_kernels
+bitnet_kernels.set_threads(1)
+w = bitnet_kernels.TernaryMatrix(np.ones((1000, 1200), np.int8), np.ones(1, np.float32))
+x = np.random.default_rng(1).standard_normal((2, 1200), dtype=np.float32)
+expected = w.matmul(x)
+started = lambda: len(os.listdir("/proc/self/task"))
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+before = started()
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**26, hard))  # stacks of 8 MiB for a few, not for 63
+bitnet_kernels.set_threads(64)
+assert np.array_equal(w.matmul(x), expected)
+some = started() - before
+assert 0 < some < 63, some
+resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+assert np.array_equal(w.matmul(x), expected)
+assert started() - before == some  # a call does not try again
+bitnet_kernels.set_threads(64)
+assert np.array_equal(w.matmul(x), expected)
+assert started() - before == 63  # who asks again does
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("count", [0, -1, 65])
 def test_a_number_of_threads_that_cannot_be_is_refused(count):
     with pytest.raises(ValueError, match="count: from 1 to 64"):

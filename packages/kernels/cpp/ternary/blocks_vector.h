@@ -12,11 +12,10 @@ constexpr int kBlockStreams = 4;
 constexpr int kBlockPrefetch = 2048;
 
 // Each type: `scales` makes a group's factor, `codes` calls use(column, codes of kLanes rows as floats) for a group's columns, in an
-// order in which nothing waits in registers. `start` is what a group's sum starts from, `finish` what a token's gains from it.
+// order in which nothing waits in registers. `finish` is what a token's sum gains from a group's.
 struct Q8 {
   static constexpr int kGroups = 1, kColumns = 32, kBytes = 544;
   WF_INLINE static Floats scale(const uint8_t* block, int, int half) { return load_halves(block + 2 * kLanes * half); }
-  WF_INLINE static Floats start(float) { return zeros(); }
   WF_INLINE static Floats finish(const uint8_t*, int, Floats scale, Floats part, Floats sum, float) { return fma(scale, part, sum); }
   template <typename Use>
   WF_INLINE static void codes(const uint8_t* block, int, int half, Use use) {
@@ -28,7 +27,6 @@ struct Q8 {
 struct Q4 {
   static constexpr int kGroups = 1, kColumns = 32, kBytes = 320;
   WF_INLINE static Floats scale(const uint8_t* block, int, int half) { return load_halves(block + 2 * kLanes * half); }
-  WF_INLINE static Floats start(float) { return zeros(); }
   WF_INLINE static Floats finish(const uint8_t* block, int half, Floats scale, Floats part, Floats sum, float group_sum) {
     return fma(load_halves(block + 32 + 2 * kLanes * half), all(group_sum), fma(scale, part, sum));
   }
@@ -49,7 +47,6 @@ struct Q6 {
     const Floats factor = to_floats(widen_signed(block + 32 + 208 * group + kLanes * half));
     return multiply(load_halves(block + 2 * kLanes * half), factor);
   }
-  WF_INLINE static Floats start(float group_sum) { return all(-32.0F * group_sum); }
   WF_INLINE static Floats finish(const uint8_t*, int, Floats scale, Floats part, Floats sum, float) { return fma(scale, part, sum); }
   template <typename Use>
   WF_INLINE static void codes(const uint8_t* block, int group, int half, Use use) {
@@ -57,10 +54,10 @@ struct Q6 {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const Ints high = widen_unsigned(at + 128 + 16 * j), first = widen_unsigned(at + 16 * j), second = widen_unsigned(at + 64 + 16 * j);
-      use(j, to_floats(with_high_bits(low_nibble(first), left(high, 4))));
-      use(j + 4, to_floats(with_high_bits(low_nibble(second), left(high, 2))));
-      use(j + 8, to_floats(with_high_bits(right(first, 4), high)));
-      use(j + 12, to_floats(with_high_bits(right(second, 4), right(high, 2))));
+      use(j, to_floats(minus_32(with_high_bits(low_nibble(first), left(high, 4)))));
+      use(j + 4, to_floats(minus_32(with_high_bits(low_nibble(second), left(high, 2)))));
+      use(j + 8, to_floats(minus_32(with_high_bits(right(first, 4), high))));
+      use(j + 12, to_floats(minus_32(with_high_bits(right(second, 4), right(high, 2)))));
     }
   }
 };
@@ -92,7 +89,7 @@ template <typename Type, int P, int T>
         for (int half = 0; half < kHalves; ++half) {
           Floats part[T];
 #pragma GCC unroll 8
-          for (int t = 0; t < T; ++t) part[t] = Type::start(sums[t * groups]);
+          for (int t = 0; t < T; ++t) part[t] = zeros();
           Type::codes(at, group, half, [&](int column, Floats codes) {
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) part[t] = fma(codes, all(of_tokens[t * stride + column]), part[t]);

@@ -50,7 +50,7 @@ void rope(float* x, const float* cos, const float* sin, int64_t heads, int64_t h
 // e^x for x <= 0, within 2 units in the last place; below -87, where float32 ends, the smallest of them. By 2^n * e^r, |r| <= ln 2 / 2,
 // and Taylor's polynomial.
 WF_INLINE Floats exponential(Floats x) {
-  x = larger(x, all(-87.0F));
+  x = larger(all(-87.0F), x);  // in this order, in which x86 keeps a NaN
   const Ints n = to_ints(multiply(x, all(1.44269504F)));
   const Floats whole = to_floats(n);
   Floats r = fma(whole, all(-0.693359375F), x);  // ln 2 in two parts, of which the first times n is exact

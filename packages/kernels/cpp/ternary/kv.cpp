@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "ternary/half.h"
 
@@ -14,8 +15,18 @@ void store(const KvCache& cache, int64_t row, void* into, float* scales, const f
     return;
   }
   float largest = 0.0F;
-  for (int64_t i = 0; i < cache.head_dim; ++i) largest = std::max(largest, std::fabs(x[i]));
-  const float inverse = largest > 0.0F ? 127.0F / largest : 0.0F;
+  bool finite = true;
+  for (int64_t i = 0; i < cache.head_dim; ++i) {
+    largest = std::max(largest, std::fabs(x[i]));
+    finite = finite && std::isfinite(x[i]);
+  }
+  if (!finite) {  // no code stands for such a value: the scale does
+    std::fill_n(static_cast<int8_t*>(into) + row * cache.head_dim, cache.head_dim, int8_t{0});
+    scales[row] = std::numeric_limits<float>::quiet_NaN();
+    return;
+  }
+  // Below, the inverse is beyond float32.
+  const float inverse = largest > 127.0F / std::numeric_limits<float>::max() ? 127.0F / largest : 0.0F;
   scales[row] = largest / 127.0F;
   std::transform(x, x + cache.head_dim, static_cast<int8_t*>(into) + row * cache.head_dim,
                  [inverse](float value) { return static_cast<int8_t>(std::nearbyintf(value * inverse)); });

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -82,6 +83,7 @@ class Pool {
 
   std::mutex calls_;  // of who has the workers
   std::vector<std::thread> workers_;
+  int asked_ = 0;  // how many of them were wanted when they started: some may not have, which no call tries again
   std::mutex guard_;  // of `job_`, held for a few instructions
   std::shared_ptr<Job> job_;
   std::atomic<bool> stopping_{false};
@@ -96,7 +98,7 @@ void Pool::run(const std::shared_ptr<Job>& job) {
     for (int64_t chunk = 0; chunk < job->chunks; ++chunk) job->compute(chunk, nullptr);
     return;
   }
-  if (static_cast<int>(workers_.size()) != others) {
+  if (asked_ != others) {
     stop();
     start(others);
   }
@@ -179,7 +181,11 @@ void Pool::work() {
 
 void Pool::start(int workers) {
   stopping_.store(false);
-  for (int i = 0; i < workers; ++i) workers_.emplace_back([this] { work(); });
+  asked_ = workers;
+  try {
+    for (int i = 0; i < workers; ++i) workers_.emplace_back([this] { work(); });
+  } catch (const std::system_error&) {  // the system has no more threads to give: those that run, if any, are enough
+  }
 }
 
 void Pool::stop() {
@@ -188,12 +194,13 @@ void Pool::stop() {
   epoch_.notify_all();
   for (auto& worker : workers_) worker.join();
   workers_.clear();
+  asked_ = 0;
 }
 
 void Pool::resize(int threads) {
   const std::lock_guard lock(calls_);
   wanted_threads().store(threads, std::memory_order_relaxed);
-  if (static_cast<int>(workers_.size()) != threads - 1) stop();
+  if (asked_ != threads - 1 || static_cast<int>(workers_.size()) != asked_) stop();
 }
 
 namespace {

@@ -63,6 +63,7 @@ WF_INLINE Ints right(Ints value, unsigned by) { return vshlq_s32(value, vdupq_n_
 WF_INLINE Ints left(Ints value, unsigned by) { return vshlq_s32(value, vdupq_n_s32(static_cast<int>(by))); }
 // low | (high & 0x30)
 WF_INLINE Ints with_high_bits(Ints low, Ints high) { return vorrq_s32(low, vandq_s32(high, vdupq_n_s32(0x30))); }
+WF_INLINE Ints minus_32(Ints value) { return vsubq_s32(value, vdupq_n_s32(32)); }
 
 }  // namespace
 }  // namespace wf

@@ -50,6 +50,7 @@ WF_INLINE Ints right(Ints value, unsigned by) { return _mm256_srli_epi32(value, 
 WF_INLINE Ints left(Ints value, unsigned by) { return _mm256_slli_epi32(value, static_cast<int>(by)); }
 // low | (high & 0x30)
 WF_INLINE Ints with_high_bits(Ints low, Ints high) { return _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi32(0x30))); }
+WF_INLINE Ints minus_32(Ints value) { return _mm256_sub_epi32(value, _mm256_set1_epi32(32)); }
 
 }  // namespace
 }  // namespace wf

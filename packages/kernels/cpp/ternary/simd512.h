@@ -40,6 +40,7 @@ WF_INLINE Ints right(Ints value, unsigned by) { return _mm512_srli_epi32(value, 
 WF_INLINE Ints left(Ints value, unsigned by) { return _mm512_slli_epi32(value, by); }
 // low | (high & 0x30)
 WF_INLINE Ints with_high_bits(Ints low, Ints high) { return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi32(0x30), 0xf8); }
+WF_INLINE Ints minus_32(Ints value) { return _mm512_sub_epi32(value, _mm512_set1_epi32(32)); }
 
 }  // namespace
 }  // namespace wf

@@ -9,7 +9,7 @@ may use processors. Results do not depend on their number.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +85,8 @@ try:
     use_isa(os.environ.get("WF_ISA") or _native.best_isa())
 except ValueError as error:
     raise ValueError(f"WF_ISA: {error}") from None
+if (_count := os.environ.get("WF_THREADS")) and not (_count.isascii() and _count.isdecimal() and 1 <= int(_count) <= MOST_THREADS):
+    raise ValueError(f"WF_THREADS: from 1 to {MOST_THREADS} threads are possible, not {_count!r:.60}")
 
 
 def quantize_activations(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -286,13 +288,16 @@ class BlockMatrix:
         return self._matrix.matmul(_isa, activations(x, self.columns, self.rows))
 
 
-def matmul_many(matrices: Sequence[TernaryMatrix], x: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+def matmul_many(matrices: Iterable[TernaryMatrix], x: NDArray[np.float32]) -> list[NDArray[np.float32]]:
     """Return every matrix's `x @ weightᵀ` as `TernaryMatrix.matmul` does, quantising x once: q, k and v, or gate and up.
 
     Raises:
         TypeError: for what is no matrix, or as `TernaryMatrix.matmul`.
         ValueError: for matrices of different widths, or as `TernaryMatrix.matmul`.
     """
+    if not isinstance(matrices, Iterable):
+        raise TypeError(f"matrices: several TernaryMatrix are wanted, not {type(matrices).__name__}")
+    matrices = list(matrices)
     for matrix in matrices:
         if not isinstance(matrix, TernaryMatrix):
             raise TypeError(f"matrices: each is wanted to be a TernaryMatrix, not {type(matrix).__name__}")

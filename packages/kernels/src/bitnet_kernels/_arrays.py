@@ -13,8 +13,8 @@ MOST_ELEMENTS = 2**36
 CPU = 1  # DLPack's number
 
 
-def array(name: str, value: object, dtype: DTypeLike) -> NDArray[Any]:
-    """Return an array of a dtype as numpy's: itself, or what it shows by DLPack (a torch tensor) or the buffer protocol.
+def array(name: str, value: object, dtype: DTypeLike | tuple[type, ...]) -> NDArray[Any]:
+    """Return an array of a dtype, or one of several, as numpy's: itself, or what it shows by DLPack (a torch tensor) or the buffer protocol.
 
     Strides are as they are. See `contiguous`.
 
@@ -31,8 +31,9 @@ def array(name: str, value: object, dtype: DTypeLike) -> NDArray[Any]:
             found = np.asarray(memoryview(value))  # type: ignore[arg-type]
         except (TypeError, ValueError, NotImplementedError):
             raise TypeError(f"{name}: an array is wanted, not {type(value).__name__}") from None
-    if found.dtype != dtype:
-        raise TypeError(f"{name}: {np.dtype(dtype)} is wanted, not {found.dtype}")
+    wanted = [np.dtype(kind) for kind in (dtype if isinstance(dtype, tuple) else (dtype,))]
+    if found.dtype not in wanted:
+        raise TypeError(f"{name}: {' or '.join(map(str, wanted))} is wanted, not {found.dtype}")
     return found
 
 

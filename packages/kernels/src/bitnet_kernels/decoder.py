@@ -1,5 +1,6 @@
 """What surrounds the ternary products of a decoder: RMS norm, rotary embedding, attention over kept keys and values, in float32."""
 
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,14 @@ def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], epsilon: float
     """Return `x / sqrt(mean(x²) + epsilon) * weight` of float32 `[tokens, features]` and weight `[features]`.
 
     Raises:
-        TypeError: for another dtype, or what is no array.
+        TypeError: for another dtype, what is no array, or an epsilon that is no number.
         ValueError: for another shape, or an epsilon that is negative or not finite.
     """
     found = activations(x)
-    if not 0 <= epsilon < np.inf:
+    number = _number("epsilon", epsilon)
+    if number < 0:
         raise ValueError(f"epsilon: a number from 0 on is wanted, not {epsilon}")
-    return _native.rms_norm(isa(), found, _shaped("weight", weight, (found.shape[1],)), epsilon)
+    return _native.rms_norm(isa(), found, _shaped("weight", weight, (found.shape[1],)), number)
 
 
 def rope(x: NDArray[np.float32], cos: NDArray[np.float32], sin: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -50,13 +52,17 @@ class KvCache:
         """Make room for `capacity` positions of `heads` heads.
 
         Raises:
+            TypeError: for a size that is no integer.
             ValueError: for a type that is not in `KV_TYPES`, or a size below 1.
         """
-        if kind not in KV_TYPES:
-            raise ValueError(f"kind: {' or '.join(KV_TYPES)} is wanted, not '{kind}'")
+        if not isinstance(kind, str) or kind not in KV_TYPES:
+            raise ValueError(f"kind: {' or '.join(KV_TYPES)} is wanted, not {kind!r:.60}")
         for name, size in (("heads", heads), ("head_dim", head_dim), ("capacity", capacity)):
+            if not isinstance(size, Integral):
+                raise TypeError(f"{name}: an integer is wanted, not {type(size).__name__}")
             if size < 1:
                 raise ValueError(f"{name}: a number from 1 on is wanted, not {size}")
+        heads, head_dim, capacity = int(heads), int(head_dim), int(capacity)
         check_size("capacity", capacity, heads * head_dim)
         self._cache = _native.Kv(KV_TYPES.index(kind), heads, head_dim, capacity)
         self.heads, self.head_dim, self.capacity = heads, head_dim, capacity
@@ -69,12 +75,13 @@ class KvCache:
 
         Raises:
             TypeError: for another dtype, or what is no array.
-            ValueError: for another shape, or more tokens than there is room for.
+            ValueError: for another shape, a value that is not finite, or more tokens than there is room for.
         """
         found = _shaped("keys", keys, (None, self.heads, self.head_dim))
         if len(self) + len(found) > self.capacity:
             raise ValueError(f"keys: there is room for {self.capacity - len(self)} tokens, not {len(found)}")
-        self._cache.append(found, _shaped("values", values, found.shape))
+        added = _finite("values", _shaped("values", values, found.shape))
+        self._cache.append(_finite("keys", found), added)
 
     def attention(self, q: NDArray[np.float32], ranges: NDArray[np.int64], scale: float) -> NDArray[np.float32]:
         """Return softmax(scale · q · keysᵀ) · values, `[tokens, query heads, head_dim]`.
@@ -87,8 +94,8 @@ class KvCache:
             scale: usually 1 / sqrt(head_dim).
 
         Raises:
-            TypeError: for another dtype, or what is no array.
-            ValueError: for another shape, or a range that leaves the kept positions.
+            TypeError: for another dtype, what is no array, or a scale that is no number.
+            ValueError: for another shape, a range that leaves the kept positions, or a q or scale that is not finite.
         """
         found = _shaped("q", q, (None, None, self.head_dim))
         if found.shape[1] == 0 or found.shape[1] % self.heads:
@@ -98,7 +105,7 @@ class KvCache:
             raise ValueError(f"ranges: a shape of [{len(found)}, 2] is wanted, not {list(limits.shape)}")
         if limits.size and not (limits.min() >= 0 and limits.max() <= len(self) and (limits[:, 0] <= limits[:, 1]).all()):
             raise ValueError(f"ranges: first <= last within 0 and {len(self)} are wanted")
-        return self._cache.attention(isa(), found, limits, scale)
+        return self._cache.attention(isa(), _finite("q", found), limits, _number("scale", scale))
 
 
 def _shaped(name: str, value: object, wanted: tuple[int | None, ...]) -> NDArray[Any]:
@@ -107,3 +114,17 @@ def _shaped(name: str, value: object, wanted: tuple[int | None, ...]) -> NDArray
         sizes = ", ".join("any" if size is None else str(size) for size in wanted)
         raise ValueError(f"{name}: a shape of [{sizes}] is wanted, not {list(found.shape)}")
     return contiguous(found)
+
+
+def _finite(name: str, found: NDArray[np.float32]) -> NDArray[np.float32]:
+    if not np.isfinite(found).all():
+        raise ValueError(f"{name}: finite values are wanted, not NaN or infinity")
+    return found
+
+
+def _number(name: str, value: object) -> float:
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: a number is wanted, not {type(value).__name__}")
+    if not abs(value) <= int(np.finfo(np.float32).max):
+        raise ValueError(f"{name}: a finite float32 is wanted, not {value!r:.60}")
+    return float(value)

@@ -15,7 +15,9 @@ import numpy as np
 
 import bitnet_kernels
 from bitnet_kernels import BLOCK_TYPES, BlockMatrix, TernaryMatrix
+from bitnet_kernels.decoder import KV_TYPES, KvCache, rms_norm, rope
 from bitnet_kernels.formats import TYPES
+from bitnet_kernels.low_rank import LowRank
 
 NAMES = (
     "blocks",
@@ -33,6 +35,21 @@ NAMES = (
     "x",
     "rows",
     "isa",
+    "capacity",
+    "cos",
+    "epsilon",
+    "head_dim",
+    "heads",
+    "keys",
+    "q",
+    "ranges",
+    "sin",
+    "u",
+    "u_scale",
+    "v",
+    "v_scale",
+    "values",
+    "weight",
 )
 """Arguments that a message may begin with; `rows` is what `to_hf` says of the matrix itself."""
 
@@ -216,6 +233,34 @@ def _blocks(rng: random.Random) -> object:
     return matrix.matmul(any_array(rng, "float32", (rng.randrange(6), matrix.columns)))
 
 
+def _rms_norm(rng: random.Random) -> object:
+    columns = rng.choice(SIZES)
+    x, weight = any_array(rng, "float32", (rng.randrange(4), columns)), any_array(rng, "float32", (columns,))
+    return rms_norm(x, weight, rng.choice((1e-5, 0.0, -1.0, 1e39, any_object(rng))))
+
+
+def _rope(rng: random.Random) -> object:
+    tokens, half = rng.randrange(4), rng.randrange(20)
+    x = any_array(rng, "float32", (tokens, rng.randrange(3), rng.choice((2 * half, 2 * half + 3))))
+    return rope(x, any_array(rng, "float32", (tokens, half)), any_array(rng, "float32", (tokens, half)))
+
+
+def _attention(rng: random.Random) -> object:
+    heads, head_dim, kept, tokens = rng.randrange(1, 4), rng.choice((1, 2, 16, 20, 64)), rng.randrange(70), rng.randrange(4)
+    sizes = [rng.choice((size, size, size, any_object(rng))) if rng.random() < 0.1 else size for size in (heads, head_dim, 70)]
+    cache = KvCache(rng.choice((*KV_TYPES, *KV_TYPES, any_object(rng))), *sizes)
+    cache.append(any_array(rng, "float32", (kept, heads, head_dim)), any_array(rng, "float32", (kept, heads, head_dim)))
+    q = any_array(rng, "float32", (tokens, heads * rng.randrange(1, 6), head_dim))
+    return cache.attention(q, any_array(rng, "int64", (tokens, 2)), rng.choice((0.125, 0.125, np.nan, any_object(rng))))
+
+
+def _low_rank(rng: random.Random) -> object:
+    kind, rows, columns, rank = rng.choice(("float16", "int8")), rng.choice(SIZES), rng.choice(SIZES), rng.choice(SIZES[:10])
+    scales = [any_array(rng, "float32", (rank,)) if kind == "int8" or rng.random() < 0.1 else None for _ in range(2)]
+    adapters = LowRank(any_array(rng, kind, (rows, rank)), any_array(rng, kind, (columns, rank)), *scales)
+    return adapters.matmul(any_array(rng, "float32", (rng.randrange(6), columns)))
+
+
 def _settings(rng: random.Random) -> object:
     if rng.random() < 0.5:
         bitnet_kernels.use_isa(rng.choice((*bitnet_kernels.available_isas(), any_object(rng))))
@@ -232,6 +277,10 @@ CALLS: dict[str, Callable[[random.Random], object]] = {
     "matmul": _matmul,
     "many": _many,
     "blocks": _blocks,
+    "rms_norm": _rms_norm,
+    "rope": _rope,
+    "attention": _attention,
+    "low_rank": _low_rank,
     "settings": _settings,
 }
 

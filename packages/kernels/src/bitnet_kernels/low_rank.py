@@ -36,10 +36,14 @@ class LowRank:
 
         Raises:
             TypeError: for another dtype, or what is no array.
-            ValueError: for shapes that do not fit, or scales where none belong.
+            ValueError: for shapes that do not fit, or a scale that is missing or that does not belong.
         """
-        kind = np.dtype(np.int8) if u_scale is not None or v_scale is not None else np.dtype(np.float16)
-        found = [array("u", u, kind), array("v", v, kind)]
+        first = array("u", u, TYPES)
+        kind = first.dtype
+        found = [first, array("v", v, kind)]
+        for name, scale in (("u_scale", u_scale), ("v_scale", v_scale)):
+            if (scale is not None) != (kind == np.int8):
+                raise ValueError(f"{name}: int8 needs a scale and float16 has none, but u is {kind}")
         for name, adapter in zip("uv", found, strict=True):
             if adapter.ndim != 2 or 0 in adapter.shape or adapter.shape[1] != found[0].shape[1]:
                 raise ValueError(
