@@ -1,6 +1,7 @@
 """The decoder runtime against the torch forward of the same file, family by family, and what must not change its results."""
 
 import itertools
+import os
 import random
 import threading
 
@@ -198,6 +199,7 @@ def rewrite(source, path, architecture=None, change=lambda key, value: value, dr
             bool: writer.add_bool,
             int: writer.add_uint32,
             float: writer.add_float32,
+            np.float64: writer.add_float64,
             str: writer.add_string,
             list: writer.add_array,
         }
@@ -402,6 +404,28 @@ def test_a_sampled_text_follows_its_seed(plain):
     assert list(engine.generate(prompt, 20, temperature=1.0, top_k=1, seed=4)) == list(engine.generate(prompt, 20))
 
 
+def test_a_text_whose_slot_was_used_says_so(plain):
+    prompt = TEXTS[0].tolist()
+    expected = list(Engine(plain).generate(prompt, 5))
+    engine = Engine(plain, slots=2)
+    first, second = engine.generate(prompt, 5), engine.generate(prompt, 5, slot=1)
+    assert [(next(first), next(second)) for _ in range(5)] == [(token, token) for token in expected]
+    for use in (
+        lambda: next(engine.generate(prompt, 5)),
+        lambda: engine.step({0: [1]}),
+        lambda: engine.truncate(0, 3),
+        lambda: engine.copy(1, 0, 5),
+    ):
+        text = engine.generate(prompt, 5)
+        assert next(text) == expected[0]
+        use()
+        with pytest.raises(ValueError, match="slot 0 was used while a text was generated in it"):
+            next(text)
+    engine.truncate(0, 0)
+    engine.generate(prompt, 5)  # nobody asks for its tokens
+    assert engine.length(0) == 0
+
+
 def shares(logits, temperature=1.0, top_k=0, top_p=1.0, draws=4000):
     drawn = [_native.sample(np.array(logits, np.float32), temperature, top_k, top_p, 7, i) for i in range(draws)]
     return np.bincount(drawn, minlength=len(logits)) / draws
@@ -442,6 +466,8 @@ def test_draws_have_the_probabilities_of_the_logits():
         (lambda e: e.length(-1), "there is no such slot"),
         (lambda e: e.generate([1] * 20, 12), "do not fit the context of 30"),
         (lambda e: e.generate([], 12), "a prompt and max_tokens of at least 1"),
+        (lambda e: e.generate([512], 1), "a token is 512: the model knows 0 to 511"),
+        (lambda e: e.generate([1], 1, slot=2), "slot is 2: the engine has 0 to 1"),
         (lambda e: e.generate([1], 0), "a prompt and max_tokens of at least 1"),
         (lambda e: e.generate([1], 1, temperature=-1.0), "the temperature must be"),
         (lambda e: e.generate([1], 1, top_k=-1), "top_k must be"),
@@ -449,6 +475,7 @@ def test_draws_have_the_probabilities_of_the_logits():
         (lambda e: e.generate([1], 1, seed=-1), "seed is -1"),
         (lambda e: Engine("missing.gguf"), "missing.gguf cannot be read"),
         (lambda e: Engine("."), "it is no file"),
+        (lambda e: Engine("x\0y"), "a path holds no NUL"),
         (lambda e: Engine("x", cache="int4"), "cache must be f32, f16 or int8"),
         (lambda e: Engine("x", slots=0), "slots and context must be at least 1"),
     ],
@@ -498,6 +525,44 @@ def test_a_long_step_is_cancelled_by_another_thread(plain):
     assert all(engine.length(slot) == 0 for slot in range(100))
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda e: e.step({0: [1]}),
+        lambda e: e.length(0),
+        lambda e: e.truncate(0, 0),
+        lambda e: e.copy(0, 1, 1),
+        lambda e: e.statistics(),
+    ],
+)
+def test_while_a_step_runs_no_other_thread_touches_the_engine(plain, call):
+    engine = Engine(plain, slots=100)
+    engine.step({0: [1]})
+    before, refused, done = engine.statistics(), [], threading.Event()
+
+    def disturb():
+        while not done.wait(0.001):
+            try:
+                engine._engine.length(1)  # only asks, so that the call is made in the middle of the step
+            except ValueError:
+                try:
+                    call(engine)
+                except ValueError as error:
+                    refused.append(str(error))
+                engine.cancel()
+                return
+
+    other = threading.Thread(target=disturb)
+    other.start()
+    with pytest.raises(InterruptedError):
+        engine.step(dict.fromkeys(range(1, 100), TEXTS.flatten().tolist()), rows="none")  # thousands of rows
+    done.set()
+    other.join()
+    assert refused == ["the engine runs a step in another thread: use one engine a thread"]
+    assert (engine.length(0), engine.length(1), engine.statistics()) == (1, 0, before)
+    call(engine)  # and afterwards it can
+
+
 def test_a_tensor_that_lacks_or_is_too_many_is_named(tmp_path):
     path = write(form(random_model(lambda: LlamaForCausalLM(LlamaConfig(**WIDE))), "subln"), tmp_path, "tq2_0")
     out = tmp_path / "changed.gguf"
@@ -524,6 +589,9 @@ def test_a_tensor_that_lacks_or_is_too_many_is_named(tmp_path):
         ("feed_forward_length", 0, "feed_forward_length is no whole number"),
         ("rope.freq_base", -1.0, "not above 0"),
         ("rope.freq_base", float("nan"), "is no finite number"),
+        ("rope.freq_base", np.float64(1e300), "is too large or too small for float32"),
+        ("attention.layer_norm_rms_epsilon", np.float64(1e300), "is too large or too small for float32"),
+        ("attention.layer_norm_rms_epsilon", np.float64(1e-300), "is too large or too small for float32"),
         ("attention.layer_norm_rms_epsilon", -1.0, "epsilon of its norms is negative"),
         ("activation", "swish", "activation is 'swish'"),
         ("family", "gpt2", "family is 'gpt2'"),
@@ -553,6 +621,29 @@ def test_an_embedding_that_is_no_number_is_refused(embedding, place, tmp_path):
             (tmp_path / "changed.gguf").write_bytes(changed)
             with pytest.raises(ValueError, match=f"tensor {name} holds values that are no numbers"):
                 Engine(tmp_path / "changed.gguf")
+
+
+@pytest.mark.parametrize("embedding", ["f16", "q8_0"])
+def test_logits_that_are_no_numbers_end_the_step(embedding, tmp_path):
+    """Gains near the largest float make sums overflow, of finite numbers alone."""
+    path = write(form(random_model(lambda: LlamaForCausalLM(LlamaConfig(**WIDE))), "none"), tmp_path, embedding=embedding)
+    data, info = bytearray(path.read_bytes()), read_gguf(path).tensors["output_norm.weight"]
+    data[info.offset : info.offset + info.nbytes] = np.full(256, 3e38, np.float32).tobytes()
+    (tmp_path / "large.gguf").write_bytes(data)
+    engine = Engine(tmp_path / "large.gguf")
+    for step in (engine.step, engine.hidden_states):
+        with pytest.raises(ValueError, match="is not finite: the file's numbers are damaged or too large"):
+            step({0: [1]})
+        assert engine.length() == 0
+    data[info.offset : info.offset + info.nbytes] = np.full(256, 1e30, np.float32).tobytes()
+    (tmp_path / "smaller.gguf").write_bytes(data)
+    assert np.isfinite(Engine(tmp_path / "smaller.gguf").step({0: [1]})).all()
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(ValueError, match="it is no file"):
+        Engine(tmp_path / "pipe.gguf")
 
 
 def test_matrices_that_are_not_ternary_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
@@ -86,6 +87,25 @@ def test_a_file_cut_off_anywhere_in_its_header_is_refused(corpus):
         for end in range(header + 1):
             with pytest.raises(ValueError, match="is not a usable GGUF file"):
                 _native.Gguf(data[:end])
+
+
+def test_tensors_that_share_bytes_are_refused_by_both_readers(tmp_path):
+    def file(second):
+        """Two tensors of 64 float32 each, the second one at an offset."""
+        infos = b"".join(
+            struct.pack("<Q", 1) + name + struct.pack("<IQIQ", 1, 64, 0, offset) for name, offset in ((b"a", 0), (b"b", second))
+        )
+        head = b"GGUF" + struct.pack("<IQQ", 3, 2, 0) + infos
+        path = tmp_path / "file.gguf"
+        path.write_bytes(head + bytes(-len(head) % 32) + np.arange(128, dtype=np.float32).tobytes())
+        return path
+
+    assert_same(*both(file(256)))
+    for offset in (0, 32, 252):
+        with pytest.raises(ValueError, match="two tensors share bytes"):
+            _native.Gguf(file(offset).read_bytes())
+        with pytest.raises(UserError, match="two tensors share bytes"):
+            read_gguf(file(offset))
 
 
 @settings(max_examples=400, deadline=None)

@@ -98,6 +98,20 @@ Array2 matrix(wf::Buffer<float> data, int64_t rows, int64_t columns) {
   return Array2(pointer, {static_cast<size_t>(rows), static_cast<size_t>(columns)}, owner);
 }
 
+// One call at a time: a step lets other threads run, and what it works on is nobody else's meanwhile.
+class Turn {
+ public:
+  explicit Turn(std::atomic<bool>& busy) : busy_(busy) {
+    if (busy_.exchange(true)) throw std::invalid_argument("the engine runs a step in another thread: use one engine a thread");
+  }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+  ~Turn() { busy_.store(false); }
+
+ private:
+  std::atomic<bool>& busy_;
+};
+
 // An engine over the C API, so that what Python tests is what others link.
 class Engine {
  public:
@@ -139,27 +153,34 @@ class Engine {
     }
     const int64_t width = hidden ? info_.width : info_.vocabulary;
     auto results = wf::allocate<float>(count * width);
-    if (busy_.exchange(true)) throw std::invalid_argument("the engine runs a step in another thread: use one engine a thread");
+    const Turn turn(busy_);
     wf_status status;
     {
       const nb::gil_scoped_release others_may_run;
       float *logits = hidden ? nullptr : results.get(), *states = hidden ? results.get() : nullptr;
       status = wf_step(engine_, wanted.data(), static_cast<int64_t>(wanted.size()), rows, logits, states);
-      busy_.store(false);
     }
     check(status);
     return matrix(std::move(results), count, width);
   }
 
   int64_t length(int64_t slot) const {
+    const Turn turn(busy_);
     int64_t found = 0;
     check(wf_length(engine_, slot, &found));
     return found;
   }
-  void truncate(int64_t slot, int64_t length) { check(wf_truncate(engine_, slot, length)); }
-  void copy(int64_t from, int64_t to, int64_t length) { check(wf_copy(engine_, from, to, length)); }
+  void truncate(int64_t slot, int64_t length) {
+    const Turn turn(busy_);
+    check(wf_truncate(engine_, slot, length));
+  }
+  void copy(int64_t from, int64_t to, int64_t length) {
+    const Turn turn(busy_);
+    check(wf_copy(engine_, from, to, length));
+  }
   void cancel() { wf_cancel(engine_); }
   nb::tuple statistics() const {
+    const Turn turn(busy_);
     wf_stats stats;
     check(wf_statistics(engine_, &stats));
     return nb::make_tuple(stats.steps, stats.tokens, stats.nanoseconds);
@@ -168,7 +189,7 @@ class Engine {
  private:
   wf_engine* engine_ = nullptr;
   wf_info info_{};
-  std::atomic<bool> busy_{false};
+  mutable std::atomic<bool> busy_{false};
 };
 
 int64_t sample(nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu> logits, float temperature, int64_t top_k, float top_p,

@@ -22,7 +22,7 @@ struct Decoder::Row {
 struct Decoder::Scratch {
   std::vector<float> x, normed, query, key, value, attended, gate, up, projected, prepared, adapted, scores, turns;
 
-  Scratch(const Model& m, int64_t rows, int64_t context) {
+  Scratch(const Model& m, int64_t rows, int64_t visible) {
     const int64_t inner = m.heads * m.head_width, kv = m.kv_heads * m.head_width, widest = std::max({m.width, inner, m.ffn});
     const auto size = [&](std::vector<float>& buffer, int64_t width) { buffer.resize(static_cast<size_t>(rows * width)); };
     for (auto* buffer : {&x, &normed, &projected}) size(*buffer, m.width);
@@ -31,7 +31,7 @@ struct Decoder::Scratch {
     for (auto* buffer : {&gate, &up}) size(*buffer, m.ffn);
     size(prepared, widest);
     size(turns, 2 * m.head_width);  // cos, sin, and those of sliding layers
-    scores.resize(static_cast<size_t>(context));
+    scores.resize(static_cast<size_t>(visible));
   }
 };
 
@@ -41,7 +41,13 @@ Error out_of(const char* what, int64_t value, const char* why) {
   return {Kind::argument, std::string(what) + " is " + std::to_string(value) + ": " + why};
 }
 
-Error not_finite() { return {Kind::number, "a layer's input is not finite: the file's numbers are damaged or too large"}; }
+Error not_finite(const char* what) {
+  return {Kind::number, std::string(what) + " is not finite: the file's numbers are damaged or too large"};
+}
+
+bool finite(const float* x, int64_t count) {
+  return std::all_of(x, x + count, [](float value) { return std::isfinite(value); });
+}
 
 void norm_rows(const FloatKernels& kernels, const Norm& norm, const float* x, int64_t rows, int64_t width, float* out) {
   if (!norm) {
@@ -100,13 +106,20 @@ std::optional<Error> Decoder::check(std::span<const Sequence> sequences) const {
 Result<Stats> Decoder::step(std::span<const Sequence> sequences, Rows wanted, float* logits, float* hidden) {
   const auto begin = std::chrono::steady_clock::now();
   if (const auto error = check(sequences)) return *error;
+  // A cancellation that comes too late for this step is not meant for the next one.
+  const struct Begun {
+    std::atomic<bool>& cancelled;
+    ~Begun() { cancelled.store(false); }
+  } begun{cancelled_};
   // Rows in the sequences' order; a chunk ends where kMostRows are reached, or before a block that would be cut.
   std::vector<Row> rows;
+  std::vector<int64_t> lengths;  // of the sequences' slots, after the step
   std::vector<size_t> ends;
   std::vector<bool> results;
   size_t first = 0;
   for (const Sequence& sequence : sequences) {
     const int64_t start = lengths_[static_cast<size_t>(sequence.slot)], count = static_cast<int64_t>(sequence.tokens.size());
+    lengths.push_back(start + count);
     if (sequence.bidirectional && rows.size() - first + static_cast<size_t>(count) > kMostRows) ends.push_back(first = rows.size());
     for (int64_t i = 0; i < count; ++i) {
       if (rows.size() - first == kMostRows) ends.push_back(first = rows.size());
@@ -117,28 +130,29 @@ Result<Stats> Decoder::step(std::span<const Sequence> sequences, Rows wanted, fl
   ends.push_back(rows.size());
 
   const int64_t width = model_->width, most = std::min<int64_t>(kMostRows, static_cast<int64_t>(rows.size()));
-  Scratch s(*model_, most, context_);
+  int64_t visible = 0;
+  for (const Row& row : rows) visible = std::max(visible, row.visible);
+  Scratch s(*model_, most, visible);
   std::vector<float> heads(static_cast<size_t>(wanted == Rows::none ? 0 : most * width));
   first = 0;
   for (const size_t end : ends) {
     if (end == first) continue;
-    if (auto error = forward(std::span(rows).subspan(first, end - first), s)) {
-      cancelled_.store(false);
-      return *error;
-    }
+    if (auto error = forward(std::span(rows).subspan(first, end - first), s)) return *error;
     int64_t found = 0;
     for (size_t row = first; row < end; ++row) {
       if (!results[row]) continue;
       norm_rows(floats_, model_->output_norm, s.x.data() + static_cast<int64_t>(row - first) * width, 1, width, heads.data() + found++ * width);
     }
+    if (!finite(heads.data(), found * width)) return not_finite("what the head reads");
     if (logits != nullptr) {
-      if (!multiply_head(model_, kernels_.isa, heads.data(), found, logits)) return not_finite();
+      multiply_head(model_, kernels_.isa, heads.data(), found, logits);
+      if (!finite(logits, found * model_->vocabulary)) return not_finite("a logit");
       logits += found * model_->vocabulary;
     }
     if (hidden != nullptr) hidden = std::copy_n(heads.data(), found * width, hidden);
     first = end;
   }
-  for (const Sequence& sequence : sequences) lengths_[static_cast<size_t>(sequence.slot)] += static_cast<int64_t>(sequence.tokens.size());
+  for (size_t i = 0; i < sequences.size(); ++i) lengths_[static_cast<size_t>(sequences[i].slot)] = lengths[i];
   const auto spent = std::chrono::steady_clock::now() - begin;
   const Stats step{1, static_cast<int64_t>(rows.size()), std::chrono::duration_cast<std::chrono::nanoseconds>(spent).count()};
   stats_ = {stats_.steps + 1, stats_.tokens + step.tokens, stats_.nanoseconds + step.nanoseconds};
@@ -263,7 +277,7 @@ std::optional<Error> Decoder::apply(const std::vector<const Linear*>& layers, co
   std::vector<SharedMatrix> matrices;
   for (const Linear* layer : layers) matrices.push_back(layer->matrix);
   if (multiply(kernels_, matrices, x, tokens, y) >= 0) {
-    return not_finite();
+    return not_finite("a layer's input");
   }
   for (size_t i = 0; i < layers.size(); ++i) {
     const Linear& layer = *layers[i];
@@ -297,6 +311,7 @@ Result<int64_t> Decoder::copy(int64_t from, int64_t to, int64_t length) {
   const auto now = this->length(from), other = this->length(to);
   if (!now || !other) return (now ? other : now).error();
   if (length < 0 || length > *now) return out_of("the length", length, ("the slot holds " + std::to_string(*now) + " tokens").c_str());
+  if (length > context_) return out_of("the length", length, ("a slot holds at most " + std::to_string(context_) + " tokens").c_str());
   if (from != to) cache_.copy(from, to, length);
   return lengths_[static_cast<size_t>(to)] = length;
 }

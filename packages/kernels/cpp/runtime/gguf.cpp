@@ -252,6 +252,12 @@ Result<Gguf> Gguf::parse(Bytes data) {
     }
     tensor->data = data.subspan(start + place.offset, place.bytes);
   }
+  // Otherwise a small file could describe a model of any size.
+  std::sort(places.begin(), places.end(), [](const auto& a, const auto& b) { return a.second.offset < b.second.offset; });
+  for (size_t i = 1; i < places.size(); ++i) {
+    const Place &before = places[i - 1].second, &place = places[i].second;
+    if (place.offset - before.offset < before.bytes) return bad("two tensors share bytes");
+  }
   return file;
 }
 
@@ -274,7 +280,7 @@ std::vector<bool> booleans(const Array& array) {
 
 Result<std::shared_ptr<const MappedFile>> MappedFile::open(const std::string& path) {
   const auto fail = [&](const char* why) { return Error{Kind::file, path + " cannot be read (" + why + ")"}; };
-  const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (file < 0) return fail(std::strerror(errno));
   struct stat about = {};
   const bool known = fstat(file, &about) == 0;

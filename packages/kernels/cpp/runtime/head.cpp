@@ -64,10 +64,8 @@ class HeadJob final : public Job {
 
 }  // namespace
 
-bool multiply_head(const std::shared_ptr<const Model>& model, Isa isa, const float* hidden, int64_t tokens, float* logits) {
-  if (tokens == 0) return true;
-  const bool finite = std::all_of(hidden, hidden + tokens * model->width, [](float value) { return std::isfinite(value); });
-  if (!finite) return false;
+void multiply_head(const std::shared_ptr<const Model>& model, Isa isa, const float* hidden, int64_t tokens, float* logits) {
+  if (tokens == 0) return;
   if (model->head_blocks != nullptr) {
     multiply_blocks(isa, model->head_blocks, hidden, tokens, logits);
   } else {
@@ -75,7 +73,6 @@ bool multiply_head(const std::shared_ptr<const Model>& model, Isa isa, const flo
   }
   const float cap = model->logit_cap;
   if (cap > 0) std::transform(logits, logits + tokens * model->vocabulary, logits, [=](float x) { return std::tanh(x / cap) * cap; });
-  return true;
 }
 
 }  // namespace wf

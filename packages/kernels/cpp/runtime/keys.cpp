@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace wf {
 
@@ -28,6 +29,12 @@ double Keys::real(const char* key, std::optional<double> otherwise) {
   const auto* number = std::get_if<double>(value);
   if (number == nullptr || !std::isfinite(*number)) {
     fail_key(key, "is no finite number");
+    return 1.0;
+  }
+  // What is computed with it is float32.
+  if (std::fabs(*number) > static_cast<double>(std::numeric_limits<float>::max()) ||
+      (*number != 0 && std::fabs(*number) < static_cast<double>(std::numeric_limits<float>::min()))) {
+    fail_key(key, "is too large or too small for float32");
     return 1.0;
   }
   return *number;

@@ -16,7 +16,7 @@ class Keys {
 
   // A whole number from `least` to `most`, or the default where there is none; without a default the key is needed.
   int64_t integer(const char* key, int64_t least, int64_t most, std::optional<int64_t> otherwise = {});
-  // A finite number.
+  // A finite number that float32 holds, if rounded.
   double real(const char* key, std::optional<double> otherwise = {});
   bool flag(const char* key, bool otherwise);
   // One of `choices`.

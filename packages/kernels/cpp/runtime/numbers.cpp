@@ -4,6 +4,8 @@
 #include <cstring>
 #include <vector>
 
+#include "ternary/half.h"
+
 namespace wf {
 namespace {
 
@@ -170,27 +172,6 @@ bool all_finite(const Tensor& tensor) {
     default:
       return false;
   }
-}
-
-float half_to_float(uint16_t half) {
-  // The exponent is moved by a multiplication, which also makes denormals normal.
-  const uint32_t magnitude = half & 0x7fffU, sign = static_cast<uint32_t>(half & 0x8000U) << 16;
-  const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112F;
-  const uint32_t special = magnitude >= 0x7c00U ? 0x7f800000U : 0;
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | special | sign);
-}
-
-uint16_t float_to_half(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value), magnitude = bits & 0x7fffffffU;
-  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000U);
-  if (magnitude > 0x7f800000U) return static_cast<uint16_t>(sign | 0x7e00U);
-  if (magnitude >= 0x477ff000U) return static_cast<uint16_t>(sign | 0x7c00U);
-  if (magnitude < 0x38800000U) {  // denormal: the sum's last place is that of the smallest half, 2^-24
-    const float shifted = std::bit_cast<float>(magnitude) + 0.5F;
-    return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000U));
-  }
-  const uint32_t rounded = magnitude + 0xfffU + (magnitude >> 13 & 1);
-  return static_cast<uint16_t>(sign | ((rounded - 0x38000000U) >> 13));
 }
 
 }  // namespace wf

@@ -20,7 +20,4 @@ void ternary_row(const Tensor& tensor, int64_t row, uint8_t* codes, float* scale
 // Whether every number of a float tensor is finite: of blocks, whether their scales are.
 bool all_finite(const Tensor& tensor);
 
-float half_to_float(uint16_t half);
-uint16_t float_to_half(float value);  // rounds to nearest, ties to even
-
 }  // namespace wf

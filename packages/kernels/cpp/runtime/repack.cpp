@@ -10,6 +10,7 @@
 
 #include "runtime/numbers.h"
 #include "ternary/formats.h"
+#include "ternary/half.h"
 
 namespace wf {
 namespace {

@@ -32,12 +32,12 @@ void pack_q6_k(const uint8_t* from, uint8_t* block, int64_t row) {
   }
 }
 
-// Calls `use(column, weight)` for every weight of a row.
+// Calls `use(column, weight)` for the weights [begin, end) of a row.
 template <typename Use>
-void each_weight(const BlockMatrix& w, int64_t row, Use use) {
+void each_weight(const BlockMatrix& w, int64_t row, int64_t begin, int64_t end, Use use) {
   const uint8_t* panel = w.data + row / kPanelRows * w.panel_bytes();
   row %= kPanelRows;
-  for (int64_t column = 0; column < w.columns; ++column) {
+  for (int64_t column = begin; column < end; ++column) {
     const uint8_t* block = panel + column / w.block_columns() * w.block_bytes();
     const float scale = to_float(block + 2 * row);
     const int64_t inside = column % w.block_columns();
@@ -92,7 +92,11 @@ void pack_blocks(BlockType type, const uint8_t* data, int64_t rows, int64_t colu
 }
 
 void unpack_row(const BlockMatrix& w, int64_t row, float* out) {
-  each_weight(w, row, [out](int64_t column, float weight) { out[column] = weight; });
+  unpack_columns(w, row, 0, w.columns, out);
+}
+
+void unpack_columns(const BlockMatrix& w, int64_t row, int64_t begin, int64_t end, float* out) {
+  each_weight(w, row, begin, end, [=](int64_t column, float weight) { out[column - begin] = weight; });
 }
 
 void sum_groups(const BlockMatrix& w, const float* x, float* sums) {

@@ -53,6 +53,9 @@ void pack_blocks(BlockType type, const uint8_t* data, int64_t rows, int64_t colu
 // One row in float32, as an embedding looks it up.
 void unpack_row(const BlockMatrix& w, int64_t row, float* out);
 
+// The columns [begin, end) of a row.
+void unpack_columns(const BlockMatrix& w, int64_t row, int64_t begin, int64_t end, float* out);
+
 // What FloatActivations keeps of one token.
 void sum_groups(const BlockMatrix& w, const float* x, float* sums);
 

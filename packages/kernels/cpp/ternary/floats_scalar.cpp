@@ -10,13 +10,23 @@ namespace wf {
 namespace {
 
 void matmul_blocks(const BlockMatrix& w, const FloatActivations& x, int64_t begin, int64_t end, float* y, int64_t y_stride) {
-  const auto weights = allocate<float>(w.columns);
+  // On the stack: threads of the pool run this, where memory that runs out would end the process.
+  constexpr int64_t kColumns = 256, kTokens = 16;
+  float weights[kColumns];
+  double sums[kTokens];
   for (int64_t row = begin * kPanelRows; row < std::min(end * kPanelRows, w.rows); ++row) {
-    unpack_row(w, row, weights.get());
-    for (int64_t token = 0; token < x.tokens; ++token) {
-      double sum = 0.0;
-      for (int64_t i = 0; i < w.columns; ++i) sum += static_cast<double>(weights[i]) * static_cast<double>(x.x[token * x.stride + i]);
-      y[token * y_stride + row] = static_cast<float>(sum);
+    for (int64_t first = 0; first < x.tokens; first += kTokens) {
+      const int64_t tokens = std::min(kTokens, x.tokens - first);
+      std::fill_n(sums, tokens, 0.0);
+      for (int64_t column = 0; column < w.columns; column += kColumns) {
+        const int64_t columns = std::min(kColumns, w.columns - column);
+        unpack_columns(w, row, column, column + columns, weights);
+        for (int64_t token = 0; token < tokens; ++token) {
+          const float* inputs = x.x + (first + token) * x.stride + column;
+          for (int64_t i = 0; i < columns; ++i) sums[token] += static_cast<double>(weights[i]) * static_cast<double>(inputs[i]);
+        }
+      }
+      for (int64_t token = 0; token < tokens; ++token) y[(first + token) * y_stride + row] = static_cast<float>(sums[token]);
     }
   }
 }

@@ -12,6 +12,7 @@
 
 #include "runtime/gguf.h"
 #include "runtime/numbers.h"
+#include "ternary/half.h"
 
 namespace {
 

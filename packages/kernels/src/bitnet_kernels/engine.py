@@ -72,11 +72,14 @@ class Engine:
         """
         from bitnet_kernels import isa
 
+        if "\0" in os.fspath(path):
+            raise ValueError(f"{os.fspath(path)!r} cannot be read (a path holds no NUL)")
         if cache not in _CACHES:
             raise ValueError(f"cache must be f32, f16 or int8, not {cache!r}")
         if slots < 1 or (context is not None and context < 1):
             raise ValueError(f"slots and context must be at least 1, not {slots} and {context}")
         self._engine = _native.Engine(os.fspath(path), slots, context or 0, _CACHES.index(cache), isa())
+        self._owners: dict[int, object] = {}  # slot to the iterator of `generate` whose text it holds
         about = self._engine.about()
         self.architecture: str = about["architecture"]
         self.layers: int = about["layers"]
@@ -118,13 +121,19 @@ class Engine:
         if rows not in _ROWS:
             raise ValueError(f"rows must be none, last or all, not {rows!r}")
         for slot, tokens in sequences.items():
-            if not 0 <= slot < self.slots:
-                raise ValueError(f"slot is {slot}: the engine has 0 to {self.slots - 1}")
-            for token in tokens:
-                if not 0 <= token < self.vocabulary:
-                    raise ValueError(f"a token is {token}: the model knows 0 to {self.vocabulary - 1}")
+            self._check(slot, tokens)
         given = [(int(slot), [int(token) for token in tokens]) for slot, tokens in sequences.items()]
-        return self._engine.step(given, _ROWS.index(rows), bidirectional, hidden)
+        results: NDArray[np.float32] = self._engine.step(given, _ROWS.index(rows), bidirectional, hidden)
+        for slot, _ in given:
+            self._owners.pop(slot, None)
+        return results
+
+    def _check(self, slot: int, tokens: Sequence[int]) -> None:
+        if not 0 <= slot < self.slots:
+            raise ValueError(f"slot is {slot}: the engine has 0 to {self.slots - 1}")
+        for token in tokens:
+            if not 0 <= token < self.vocabulary:
+                raise ValueError(f"a token is {token}: the model knows 0 to {self.vocabulary - 1}")
 
     def logits(self, tokens: Sequence[int], *, slot: int = 0) -> NDArray[np.float32]:
         """Return the logits of every token of a text, float32 `[tokens, vocabulary]`, in a slot that is emptied first.
@@ -147,7 +156,7 @@ class Engine:
         stop: Collection[int] = (),
         slot: int = 0,
     ) -> Iterator[int]:
-        """Return an iterator over the tokens that continue a prompt, in a slot that is emptied first.
+        """Return an iterator over the tokens that continue a prompt, in a slot that the first of them empties.
 
         Args:
             prompt: at least one token.
@@ -161,7 +170,8 @@ class Engine:
 
         Raises:
             ValueError: before anything is computed, for an option that cannot be, a text that does not fit the context, or a
-                diffusion model, which does not write from left to right.
+                diffusion model, which does not write from left to right. The iterator raises it, too, if its slot was used by
+                anything else in between.
         """
         if self.mask_token is not None:
             raise ValueError("the file holds a diffusion model, which does not write from left to right: decode it in blocks")
@@ -172,18 +182,29 @@ class Engine:
                 f"a prompt of {len(prompt)} tokens and {max_tokens} more do not fit the context of {self.context}: "
                 "shorten one of them"
             )
+        self._check(slot, prompt)
         _sample(np.zeros(1, np.float32), temperature, top_k, top_p, seed, 0)
-        self.truncate(slot, 0)
         return self._continue(list(prompt), max_tokens, (temperature, top_k, top_p, seed), frozenset(stop), slot)
 
     def _continue(
         self, tokens: list[int], count: int, options: tuple[float, int, float, int], stop: frozenset[int], slot: int
     ) -> Iterator[int]:
+        owner = object()
+
+        def step(given: list[int], rows: Rows) -> NDArray[np.float32]:
+            if self._owners.get(slot) is not owner:
+                raise ValueError(f"slot {slot} was used while a text was generated in it: give every text a slot of its own")
+            logits = self.step({slot: given}, rows=rows)
+            self._owners[slot] = owner
+            return logits
+
+        self.truncate(slot, 0)
+        self._owners[slot] = owner
         for start in range(0, len(tokens) - 1, PREFILL):
-            self.step({slot: tokens[start : min(start + PREFILL, len(tokens) - 1)]}, rows="none")
+            step(tokens[start : min(start + PREFILL, len(tokens) - 1)], "none")
         token = tokens[-1]
         for index in range(count):
-            token = _sample(self.step({slot: [token]})[0], *options, index)
+            token = _sample(step([token], "last")[0], *options, index)
             if token in stop:
                 return
             yield token
@@ -199,6 +220,7 @@ class Engine:
             ValueError: if it holds fewer.
         """
         self._engine.truncate(slot, length)
+        self._owners.pop(slot, None)
 
     def copy(self, source: int, to: int, length: int) -> None:
         """Let slot `to` begin with the first `length` tokens of slot `source`, instead of what it holds: a prefix that texts share.
@@ -207,6 +229,7 @@ class Engine:
             ValueError: if that holds fewer.
         """
         self._engine.copy(source, to, length)
+        self._owners.pop(to, None)
 
     def cancel(self) -> None:
         """Make the step that runs in another thread, or else the next one, end with `InterruptedError`."""

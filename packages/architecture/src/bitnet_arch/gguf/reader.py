@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,9 @@ def read_gguf(path: Path | str) -> GgufFile:
         if name in tensors or start + info.offset + info.nbytes > len(data):
             raise cursor.fail(f"tensor {name!r} is repeated or lies outside the file")
         tensors[name] = TensorInfo(info.shape, info.ggml_id, start + info.offset, info.nbytes)
+    placed = sorted(tensors.values(), key=lambda info: info.offset)
+    if any(before.offset + before.nbytes > info.offset for before, info in pairwise(placed)):
+        raise cursor.fail("two tensors share bytes")  # a small file could describe a model of any size
     return GgufFile(path, metadata, tensors, data, keys_end, cursor.at, start)
 
 
