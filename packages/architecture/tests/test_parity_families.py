@@ -318,7 +318,7 @@ def test_i2_s_is_compared_without_an_engine(trained, windows, tmp_path):
     export_gguf(trained("bitnet"), path, "i2_s")
     report = run_gate(trained("bitnet"), path, None, windows, BOUNDS)
     assert (report.status, report.failed_checks(), report.engine) == ("unproven", [], "")
-    assert report.reason.startswith("no engine here runs I2_S, which only bitnet.cpp loads")
+    assert report.reason.startswith("llama.cpp does not run I2_S, which bitnet.cpp and the native engine load")
     assert {c.name: c.holds for c in report.checks} == dict.fromkeys(
         [
             "bytes",
@@ -339,7 +339,7 @@ def test_i2_s_is_compared_without_an_engine(trained, windows, tmp_path):
     at = text.index(b"tokenizer.ggml.add_bos_token") + len(b"tokenizer.ggml.add_bos_token") + 4
     assert "bytes" in fails(path, tmp_path, trained("bitnet"), windows, at).failed_checks()
     engine = EngineInfo(lambda ids: np.zeros((len(ids), 512)), "none", "0", lambda text: [])
-    with pytest.raises(UserError, match="cannot be compared with an engine: no engine here runs I2_S"):
+    with pytest.raises(UserError, match=r"cannot be compared with an engine: llama.cpp does not run I2_S"):
         run_gate(trained("bitnet"), path, engine, windows, BOUNDS)
 
 

@@ -232,7 +232,7 @@ def test_a_model_that_no_engine_runs_is_written_and_labelled(tmp_path, monkeypat
     save_master(convert_model(tiny_llama(tied=False, **SHAPE), ConversionConfig(gain="one")), tmp_path / "m", tiny_tokenizer())
     assert main(["export", str(tmp_path / "m"), "--out", str(tmp_path / "out.gguf"), "--positions", "40"]) == 0
     printed = capsys.readouterr().out
-    assert "unproven: no engine here runs the architecture 'wrinklefree', which holds what llama.cpp's cannot" in printed
+    assert "unproven: llama.cpp does not run the architecture 'wrinklefree', which holds what its own cannot" in printed
     sidecar = json.loads((tmp_path / "out.gguf.parity.json").read_text())
     assert {check["name"] for check in sidecar["checks"]} >= {"bytes", "tokenizer", "layers.output_error", "packed.mean_kl"}
     assert all(check["holds"] is not False for check in sidecar["checks"])
@@ -308,7 +308,7 @@ def test_which_presets_can_be_proven(preset, tmp_path):
     save_master(model, tmp_path / "m", tiny_tokenizer())
     report = export_proven(tmp_path / "m", tmp_path / "out.gguf", positions=8)
     assert read_gguf(tmp_path / "out.gguf").metadata["general.architecture"] == architecture
-    reason = "no engine here runs the architecture" if architecture == "wrinklefree" else "only 8 positions were compared"
+    reason = "llama.cpp does not run the architecture" if architecture == "wrinklefree" else "only 8 positions were compared"
     assert (report.status, report.failed_checks()) == ("unproven", [])
     assert report.reason.startswith(reason)
 

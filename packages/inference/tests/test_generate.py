@@ -8,12 +8,14 @@ from functools import partial
 
 import pytest
 import torch
-from bitnet_arch import ConversionConfig, convert_model, load_model, load_tokenizer, pack_model, save_master, save_packed
+from bitnet_arch import ConversionConfig, UserError, convert_model, load_model, load_tokenizer, pack_model, save_master, save_packed
 from bitnet_arch.diffusion import add_mask_token
 from bitnet_arch.generation import DecodeOptions, decode
 from bitnet_arch.gguf import export_gguf, from_gguf
 from bitnet_arch.testing import TEXT, tiny_bitnet, tiny_llama, tiny_tokenizer
+from bitnet_kernels import Engine
 from torch.nn import functional as F
+from wrinklefree_inference import native
 from wrinklefree_inference.cli import main
 from wrinklefree_inference.generate import Options, TextStream, generate_llamacpp, generate_torch, token_ids
 from wrinklefree_inference.native import generate_native
@@ -159,10 +161,34 @@ def test_the_native_engine_runs_files_that_llama_cpp_does_not(tmp_path, capsys):
     save_master(model, tmp_path / "m", tiny_tokenizer())
     assert export_gguf(tmp_path / "m", tmp_path / "own.gguf").architecture == "wrinklefree"
     arguments = ["generate", str(tmp_path / "own.gguf"), PROMPT, "--max-tokens", "6", "--json"]
+    assert main(arguments) == 2
+    assert "give --engine native" in capsys.readouterr().err.splitlines()[-1]
     assert main([*arguments, "--engine", "native"]) == 0
     answer = json.loads(capsys.readouterr().out)
     expected = generate_torch(from_gguf(tmp_path / "own.gguf"), tiny_tokenizer(), PROMPT, Options(max_tokens=6), lambda piece: None)
     assert (answer["engine"], answer["text"], answer["tokens"]) == ("native", expected.text, expected.tokens)
+
+
+def test_the_native_engine_opens_with_the_context_that_a_text_needs(trained, monkeypatch):
+    opened = []
+
+    def open_small(file, slots=1, context=None):
+        opened.append(context)
+        return Engine(file, slots=slots, context=context)
+
+    monkeypatch.setattr(native, "open_native", open_small)
+    result = generate(trained, "native", PROMPT, max_tokens=5)
+    generate_native(trained / "model.gguf", PROMPT, Options(max_tokens=10**6), lambda piece: None)
+    assert opened == [result.prompt_tokens + 5, Engine(trained / "model.gguf").context]
+
+
+def test_too_little_memory_is_one_sentence(trained, monkeypatch):
+    def fail(*args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(Engine, "step", fail)
+    with pytest.raises(UserError, match=r"the native engine cannot run .*model.gguf: there is not enough memory"):
+        generate(trained, "native", PROMPT, max_tokens=5)
 
 
 @pytest.mark.parametrize("name", ["master", "model.gguf", "native"])
@@ -188,7 +214,7 @@ def mistakes():
     yield (
         "truncated, native",
         ["truncated.gguf", PROMPT, *native],
-        "the native engine cannot run truncated.gguf: the file is not a usable",
+        "truncated.gguf is not a usable GGUF file",
     )
     yield "long prompt, native", ["model.gguf", long, *native], "shorten it"
     yield "an engine for a directory", ["master", PROMPT, *native], "--engine has no effect on a model directory"

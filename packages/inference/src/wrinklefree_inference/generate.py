@@ -23,6 +23,7 @@ from bitnet_arch import UserError, load_model, load_tokenizer
 from bitnet_arch.bitlinear import constant_weights
 from bitnet_arch.diffusion import diffusion_of
 from bitnet_arch.generation import CACHES, DecodeOptions, decode
+from bitnet_arch.parity import no_engine
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -45,7 +46,7 @@ class Options:
     Attributes:
         max_tokens: at most so many new tokens.
         temperature: 0 takes the likeliest token; above, samples from the whole distribution (no top-k, no top-p).
-        seed: makes sampling reproducible within an engine (the two engines draw differently).
+        seed: makes sampling reproducible within an engine (each engine draws differently).
 
     Raises:
         UserError: on construction, for a value out of range.
@@ -322,7 +323,12 @@ def run(arguments: argparse.Namespace) -> int:
         if model.kind == "gguf":
             _check_no_effect(given, "a GGUF file")
             engine = arguments.engine or "llama.cpp"
-            result = _engine_of(engine)(model.path, prompt, options, emit)
+            try:
+                result = _engine_of(engine)(model.path, prompt, options, emit)
+            except UserError:
+                if engine == "llama.cpp" and (why := _needs_native(model.path)):
+                    raise UserError(f"llama.cpp cannot run {model.path} ({why}): give --engine native") from None
+                raise
         else:
             if arguments.engine is not None:
                 raise UserError(
@@ -356,6 +362,14 @@ def _engine_of(name: str) -> Callable[[Path, str, Options, Emit], Generated]:
     from wrinklefree_inference.native import generate_native
 
     return generate_native
+
+
+def _needs_native(file: Path) -> str | None:
+    """Return why llama.cpp does not run a file; None if it does, or the file is damaged."""
+    try:
+        return no_engine(file)
+    except UserError:
+        return None
 
 
 def _check_no_effect(given: dict[str, Any], model: str) -> None:

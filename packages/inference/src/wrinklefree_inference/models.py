@@ -87,7 +87,7 @@ def exported(directory: Path, say: Callable[[str], None]) -> Path:
         if reader.form == "float":
             raise UserError(f"{directory} is not ternary: convert it with `python -m bitnet_arch convert {directory} --out DIR`")
         if choose_architecture(reader) == OURS:
-            raise UserError(f"{directory} is a model that llama.cpp cannot compute: no engine here serves it, only PyTorch runs it")
+            raise UserError(f"{directory} is a model that llama.cpp cannot compute, and only llama.cpp serves: use `generate`")
     out = cache_directory() / "gguf" / directory_digest(directory)[:32] / "model.gguf"
     if not out.is_file() or _verdict(out) is None:
         from wrinklefree_inference.export import export_proven

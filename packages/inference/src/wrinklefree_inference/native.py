@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bitnet_arch import UserError
-from bitnet_arch.gguf import tokenizer_from_gguf
+from bitnet_arch.gguf import read_gguf, tokenizer_from_gguf
 from bitnet_kernels import Engine
 
 from wrinklefree_inference.generate import END_OF_TEXT, Emit, Generated, Options, TextStream, check_length
@@ -23,7 +23,18 @@ def open_native(file: Path, slots: int = 1, context: int | None = None) -> Engin
     try:
         return Engine(file, slots=slots, context=context)
     except (ValueError, MemoryError) as error:
-        raise UserError(f"the native engine cannot run {file}: {str(error).removeprefix(f'{file}: ')}") from None
+        raise _refusal(file, error) from None
+
+
+def _refusal(file: Path, error: Exception) -> UserError:
+    return UserError(f"the native engine cannot run {file}: {str(error).removeprefix(f'{file}: ') or 'there is not enough memory'}")
+
+
+def _context(file: Path) -> int | None:
+    """Return how many positions a file's model has; None where the engine has to say what is wrong with it."""
+    metadata = read_gguf(file).metadata
+    found = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def generate_native(file: Path, prompt: str, options: Options, emit: Emit) -> Generated:
@@ -32,9 +43,12 @@ def generate_native(file: Path, prompt: str, options: Options, emit: Emit) -> Ge
     Raises:
         UserError: if the engine cannot run the file, or the prompt has no token or leaves no room for one.
     """
-    engine, tokenizer = open_native(file), tokenizer_from_gguf(file)
+    tokenizer, most = tokenizer_from_gguf(file), _context(file)
     ids: list[int] = tokenizer(prompt).input_ids
-    check_length(len(ids), engine.context)
+    if most is not None:
+        check_length(len(ids), most)
+    # No more than this text needs: of a long context, keys and values alone can be more than there is memory.
+    engine = open_native(file, context=most and min(len(ids) + options.max_tokens, most))
     ends = {i for token, i in tokenizer.get_added_vocab().items() if token in END_OF_TEXT}
     if isinstance(tokenizer.eos_token_id, int):
         ends.add(tokenizer.eos_token_id)
@@ -47,7 +61,7 @@ def generate_native(file: Path, prompt: str, options: Options, emit: Emit) -> Ge
                 break
             stream.push(token)
             count += 1
-    except ValueError as error:
-        raise UserError(f"the native engine cannot run {file}: {error}") from None
+    except (ValueError, MemoryError) as error:
+        raise _refusal(file, error) from None
     stream.close()
     return Generated(text=stream.text, stop=stop, prompt_tokens=len(ids), tokens=count)

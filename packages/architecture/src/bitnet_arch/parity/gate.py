@@ -26,7 +26,7 @@ unproven.
 The report names the digests of the file's tensors and of the directory's weights, so that it proves these and no others
 (`bitnet_arch.parity.proof`).
 
-A file that no engine here runs (`wrinklefree`, or I2_S) is compared as far as that goes without one: bytes, the tokenizer that
+A file that llama.cpp does not run (`wrinklefree`, or I2_S) is compared as far as that goes without one: bytes, the tokenizer that
 `tokenizer_from_gguf` rebuilds, layers, and the packed model.
 """
 
@@ -133,12 +133,12 @@ class _Measured:
 
 
 def no_engine(gguf_path: Path | str) -> str | None:
-    """Return in a clause why no engine that this project can start runs a file; None if llama.cpp does."""
+    """Return in a clause why llama.cpp, the engine that the gate compares with, does not run a file; None if it does."""
     file = read_gguf(gguf_path)
     if file.metadata.get("general.architecture") == OURS:
-        return f"no engine here runs the architecture {OURS!r}, which holds what llama.cpp's cannot"
+        return f"llama.cpp does not run the architecture {OURS!r}, which holds what its own cannot"
     if any(info.ggml_id == I2_S for info in file.tensors.values()):
-        return "no engine here runs I2_S, which only bitnet.cpp loads"
+        return "llama.cpp does not run I2_S, which bitnet.cpp and the native engine load"
     return None
 
 
