@@ -162,5 +162,5 @@ def test_matrices_are_any_that_can_be_counted(w):
     assert len(got) == 2
     assert all(np.array_equal(y, expected) for y in got)
     for wrong in (None, w, 3):
-        with pytest.raises(TypeError, match="^matrices: "):
+        with pytest.raises(TypeError, match=r"^matrices: "):
             bitnet_kernels.matmul_many(wrong, X)

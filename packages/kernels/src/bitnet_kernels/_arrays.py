@@ -14,7 +14,7 @@ CPU = 1  # DLPack's number
 
 
 def array(name: str, value: object, dtype: DTypeLike | tuple[type, ...]) -> NDArray[Any]:
-    """Return an array of a dtype, or one of several, as numpy's: itself, or what it shows by DLPack (a torch tensor) or the buffer protocol.
+    """Return an array of a dtype, or one of several, as numpy's: itself, or what DLPack (a torch tensor) or a buffer shows.
 
     Strides are as they are. See `contiguous`.
 

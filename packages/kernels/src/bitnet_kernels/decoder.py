@@ -100,9 +100,10 @@ class KvCache:
         found = _shaped("q", q, (None, None, self.head_dim))
         if found.shape[1] == 0 or found.shape[1] % self.heads:
             raise ValueError(f"q: a multiple of {self.heads} heads is wanted, not {found.shape[1]}")
-        limits = contiguous(array("ranges", ranges, np.int64))
+        limits = array("ranges", ranges, np.int64)
         if limits.shape != (len(found), 2):
             raise ValueError(f"ranges: a shape of [{len(found)}, 2] is wanted, not {list(limits.shape)}")
+        limits = contiguous(limits)
         if limits.size and not (limits.min() >= 0 and limits.max() <= len(self) and (limits[:, 0] <= limits[:, 1]).all()):
             raise ValueError(f"ranges: first <= last within 0 and {len(self)} are wanted")
         return self._cache.attention(isa(), _finite("q", found), limits, _number("scale", scale))
