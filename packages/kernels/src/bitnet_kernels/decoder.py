@@ -126,6 +126,10 @@ def _finite(name: str, found: NDArray[np.float32]) -> NDArray[np.float32]:
 def _number(name: str, value: object) -> float:
     if not isinstance(value, Real):
         raise TypeError(f"{name}: a number is wanted, not {type(value).__name__}")
-    if not abs(value) <= int(np.finfo(np.float32).max):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = np.inf
+    if not abs(number) <= np.finfo(np.float32).max:
         raise ValueError(f"{name}: a finite float32 is wanted, not {value!r:.60}")
-    return float(value)
+    return number
