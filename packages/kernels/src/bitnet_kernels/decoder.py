@@ -130,6 +130,6 @@ def _number(name: str, value: object) -> float:
         number = float(value)
     except OverflowError:
         number = np.inf
-    if not abs(number) <= np.finfo(np.float32).max:
+    if not abs(number) <= float(np.finfo(np.float32).max):
         raise ValueError(f"{name}: a finite float32 is wanted, not {value!r:.60}")
     return number
