@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from wf_deployer import Job, UserError
@@ -68,6 +69,17 @@ sys.exit(main())
 
 def wf(*arguments: str) -> list[str]:
     return [sys.executable, "-c", LISTENING, *arguments]
+
+
+@contextmanager
+def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """A process in a session of its own, which a test that fails does not wait for."""
+    with subprocess.Popen(command, start_new_session=True, **options) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager
@@ -141,7 +153,7 @@ def test_a_child_killed_by_a_signal_is_named(number, code, named, environment):
 def test_a_signal_reaches_the_child_once(number, send, environment, tmp_path):
     ready, heard = tmp_path / "ready", tmp_path / "heard"
     command = wf("train", f"ready={ready}", f"heard={heard}")
-    with subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True) as process:
+    with started(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         wait_for(ready, process)
         with asleep(process, heard):
             send(process.pid, number)
@@ -160,7 +172,7 @@ def test_ctrl_c_on_a_terminal_reaches_the_child_once(environment, tmp_path):
     )
     command = [sys.executable, "-c", take, *wf("train", f"ready={ready}", f"heard={heard}")[1:]]
     streams = {"stdin": follower, "stdout": follower, "stderr": follower}
-    with subprocess.Popen(command, env=environment, start_new_session=True, **streams) as process:
+    with started(command, env=environment, **streams) as process:
         os.close(follower)
         wait_for(ready, process)
         assert os.getpgid(int(ready.read_text())) == process.pid, "before a terminal the child shares wf's group"
