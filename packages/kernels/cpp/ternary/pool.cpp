@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <mutex>
+#include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -63,8 +64,15 @@ int first_threads() {
   return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMostThreads);
 }
 
-std::atomic<int>& wanted_threads() {
-  static std::atomic<int> count{first_threads()};
+// 0 until somebody asks. No static that is made at the first call: a fork meanwhile would leave its guard locked in the child.
+std::atomic<int> wanted{0};
+
+int wanted_threads() {
+  int count = wanted.load(std::memory_order_relaxed);
+  if (count == 0) {
+    const int first = first_threads();
+    count = wanted.compare_exchange_strong(count, first, std::memory_order_relaxed) ? first : count;
+  }
   return count;
 }
 
@@ -93,7 +101,7 @@ class Pool {
 
 void Pool::run(const std::shared_ptr<Job>& job) {
   const std::unique_lock lock(calls_, std::try_to_lock);
-  const int others = lock.owns_lock() && job->chunks > 1 ? wanted_threads().load(std::memory_order_relaxed) - 1 : 0;
+  const int others = lock.owns_lock() && job->chunks > 1 ? wanted_threads() - 1 : 0;
   if (others == 0) {
     for (int64_t chunk = 0; chunk < job->chunks; ++chunk) job->compute(chunk, nullptr);
     return;
@@ -185,6 +193,7 @@ void Pool::start(int workers) {
   try {
     for (int i = 0; i < workers; ++i) workers_.emplace_back([this] { work(); });
   } catch (const std::system_error&) {  // the system has no more threads to give: those that run, if any, are enough
+  } catch (const std::bad_alloc&) {     // or no memory for one
   }
 }
 
@@ -199,7 +208,7 @@ void Pool::stop() {
 
 void Pool::resize(int threads) {
   const std::lock_guard lock(calls_);
-  wanted_threads().store(threads, std::memory_order_relaxed);
+  wanted.store(threads, std::memory_order_relaxed);
   if (asked_ != threads - 1 || static_cast<int>(workers_.size()) != asked_) stop();
 }
 
@@ -207,10 +216,11 @@ namespace {
 
 std::atomic<Pool*> the_pool{nullptr};
 
-// Never destroyed: its threads end with the process. A child has none of its parent's threads, and maybe a lock that one of them held.
+// A child has none of its parent's threads, and maybe a lock that one of them held.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); });
+
+// Never destroyed: its threads end with the process.
 Pool& pool() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); });
-  (void)registered;
   Pool* found = the_pool.load(std::memory_order_acquire);
   if (found == nullptr) {
     auto made = std::make_unique<Pool>();
@@ -221,7 +231,7 @@ Pool& pool() {
 
 }  // namespace
 
-int threads() { return wanted_threads().load(std::memory_order_relaxed); }
+int threads() { return wanted_threads(); }
 
 void set_threads(int count) { pool().resize(std::clamp(count, 1, kMostThreads)); }
 
