@@ -15,7 +15,7 @@ namespace wf {
 namespace {
 
 constexpr int64_t kTile = 4;      // tokens: with both halves of a panel, eight of the 16 registers
-constexpr int kPrefetch = 2048;  // bytes ahead in each of the streams
+constexpr int kPrefetch = 5120;  // bytes ahead in each of the streams: these are few, and memory's latency is long
 
 WF_INLINE __m256i load(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
 
