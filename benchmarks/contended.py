@@ -2,9 +2,9 @@
 
 uv run python benchmarks/contended.py --json contended.json
 
-Both decode a random ternary model of one shape (TQ2_0), one token after the other, alone and beside processes that only
-count, in turns. llama.cpp (xllamacpp, an AVX2 build) decodes for real; ours are the products of all layers with one token's
-activations, without attention and norms: so compare what each keeps, not their speeds.
+Both decode the same GGUF file of a random ternary model (TQ2_0), one token after the other, alone and beside processes that only
+count, in turns: `bitnet_kernels.Engine`, and llama.cpp (xllamacpp, an AVX2 build). "products" are those of our layers alone,
+without attention, norms and head.
 "kept" is the median over rounds of the speed beside the neighbour as a part of the speed alone in the same round. Needs as
 many idle processors as threads.
 
@@ -27,16 +27,17 @@ import numpy as np
 from bitnet_arch import ConversionConfig, PackedBitLinear, convert_model, pack_model, save_master
 from bitnet_arch.gguf import export_gguf
 from bitnet_arch.testing import tiny_llama, tiny_tokenizer
-from bitnet_kernels import TernaryMatrix, matmul_many
+from bitnet_kernels import Engine, TernaryMatrix, matmul_many
 from report import bar, finish, median_ratio, parser
 from transformers import PreTrainedModel
 
 SHAPE = {"hidden": 1024, "ffn": 2816, "heads": 16, "kv_heads": 4}
 COUNT = "while True: pass"
+PROMPT = [5, 6, 7]
 
 
-def ours(model: PreTrainedModel, seconds: float) -> Callable[[], float]:
-    """Return what measures the tokens a second of our products."""
+def products(model: PreTrainedModel, seconds: float) -> Callable[[], float]:
+    """Return what measures the tokens a second of our products alone."""
     layers = [layer for layer in pack_model(model).modules() if isinstance(layer, PackedBitLinear)]
     matrices = [TernaryMatrix.from_hf(layer.weight.numpy(), layer.weight_scale.numpy()) for layer in layers]
     # q, k and v share their input, and so do gate and up.
@@ -54,17 +55,32 @@ def ours(model: PreTrainedModel, seconds: float) -> Callable[[], float]:
     return measure
 
 
+def ours(file: Path, tokens: int) -> Callable[[], float]:
+    """Return what measures the tokens a second that our engine decodes."""
+    engine = Engine(file, context=len(PROMPT) + tokens, cache="f16")
+
+    def measure() -> float:
+        engine.truncate(0, 0)
+        token = int(engine.step({0: PROMPT})[0].argmax())
+        start = time.perf_counter()
+        for _ in range(tokens):
+            token = int(engine.step({0: [token]})[0].argmax())
+        return tokens / (time.perf_counter() - start)
+
+    return measure
+
+
 def peer(file: Path, threads: int, tokens: int) -> Callable[[], float]:
     """Return what measures the tokens a second that llama.cpp decodes."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
-    params.n_ctx, params.n_parallel = 512, 1
+    params.n_ctx, params.n_parallel = len(PROMPT) + tokens + 1, 1
     params.fit_params, params.ui, params.verbosity = False, False, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(params)
-    request = {"prompt": [5, 6, 7], "n_predict": tokens, "ignore_eos": True, "cache_prompt": False, "temperature": -1.0}
+    request = {"prompt": PROMPT, "n_predict": tokens, "ignore_eos": True, "cache_prompt": False, "temperature": -1.0}
 
     def measure() -> float:
         answer = server.handle_completions(request)
@@ -92,8 +108,8 @@ def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.set_defaults(threads=2)
     arguments.add_argument("--layers", type=int, default=8, help="of the model, 12.4 million weights each")
-    arguments.add_argument("--seconds", type=float, default=1.0, help="of each measurement of ours")
-    arguments.add_argument("--tokens", type=int, default=100, help="of each measurement of llama.cpp")
+    arguments.add_argument("--seconds", type=float, default=1.0, help="of each measurement of the products")
+    arguments.add_argument("--tokens", type=int, default=200, help="of each measurement of an engine")
     arguments.add_argument("--neighbours", type=int, default=1, help="busy processes")
     given = arguments.parse_args()
     bitnet_kernels.set_threads(given.threads)
@@ -102,7 +118,11 @@ def main() -> None:
         directory, file = Path(folder, "model"), Path(folder, "model.gguf")
         save_master(model, directory, tiny_tokenizer())
         export_gguf(directory, file, "tq2_0")
-        contenders = {"ours": ours(model, given.seconds), "llama.cpp": peer(file, given.threads, given.tokens)}
+        contenders = {
+            "ours": ours(file, given.tokens),
+            "ours, products": products(model, given.seconds),
+            "llama.cpp": peer(file, given.threads, given.tokens),
+        }
         speeds: dict[str, list[float]] = {f"{name}, {how}": [] for name in contenders for how in ("alone", "contended")}
         for number in range(given.rounds + 1):
             for how, count in (("alone", 0), ("contended", given.neighbours)):

@@ -11,14 +11,6 @@ BLOCK = {"q8_0": (32, 34, 1), "q4_1": (32, 20, 2), "q6_k": (256, 210, 1)}
 """Columns and bytes of a block, and how many f16 it has."""
 
 
-@pytest.fixture(params=bitnet_kernels.available_isas())
-def isa(request):
-    before = bitnet_kernels.isa()
-    bitnet_kernels.use_isa(request.param)
-    yield request.param
-    bitnet_kernels.use_isa(before)
-
-
 def random_blocks(kind, rows, columns, seed=0):
     """Return bytes `[rows, row_bytes]` in which every code and factor occurs and every f16 scale is ordinary, and the weights."""
     rng = np.random.default_rng(seed)

@@ -1,17 +1,10 @@
 """Low-rank corrections against float64 products, on every instruction set."""
 
-import bitnet_kernels
 import numpy as np
 import pytest
 from bitnet_kernels.low_rank import LowRank
 
-
-@pytest.fixture(params=bitnet_kernels.available_isas(), autouse=True)
-def isa(request):
-    before = bitnet_kernels.isa()
-    bitnet_kernels.use_isa(request.param)
-    yield request.param
-    bitnet_kernels.use_isa(before)
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.int8])

@@ -7,16 +7,6 @@ import numpy as np
 import pytest
 from bitnet_kernels import TernaryMatrix
 
-ISAS = bitnet_kernels.available_isas()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = bitnet_kernels.isa()
-    bitnet_kernels.use_isa(request.param)
-    yield request.param
-    bitnet_kernels.use_isa(before)
-
 
 def inverse_scale(x):
     """Return 127 / absmax as torch computes a number over a tensor: the reciprocal times the number, rounded twice."""

@@ -31,7 +31,6 @@ from bitnet_arch.quant import expand_scale
 
 try:
     import bitnet_kernels
-    from bitnet_kernels import _native
     from bitnet_kernels.low_rank import LowRank
 except ModuleNotFoundError as error:
     if error.name != "bitnet_kernels":
@@ -167,15 +166,15 @@ def _is_of(key: int, owner: weakref.ref[Tensor]) -> bool:
 
 def _pack(weight: Tensor, scale: Tensor) -> Any:
     check_packed(weight)
-    return bitnet_kernels.TernaryMatrix.from_hf(weight.numpy(), scale.detach().float().numpy())._matrix
+    return bitnet_kernels.TernaryMatrix.from_hf(weight.numpy(), scale.detach().float().numpy())
 
 
 def _pack_adapters(u: Tensor, v: Tensor, dtype: str) -> Any:
     u, v = u.detach(), v.detach()
     if dtype == "float16":
-        return LowRank(u.half().numpy(), v.half().numpy())._native
+        return LowRank(u.half().numpy(), v.half().numpy())
     (u_codes, u_scale), (v_codes, v_scale) = int8_adapter(u), int8_adapter(v)
-    return LowRank(u_codes.numpy(), v_codes.numpy(), u_scale.numpy(), v_scale.numpy())._native
+    return LowRank(u_codes.numpy(), v_codes.numpy(), u_scale.numpy(), v_scale.numpy())
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -201,7 +200,7 @@ def _forward(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | Non
     rows = x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
     y = rows.new_empty((*x.shape[:-1], CODES_PER_BYTE * weight.shape[0]))
     matrix = _kept(_pack, weight, weight_scale)
-    _native.multiply_at(matrix, bitnet_kernels.isa(), rows.data_ptr(), rows.numel() // weight.shape[1], y.data_ptr())
+    matrix.matmul_at(rows.data_ptr(), rows.numel() // weight.shape[1], y.data_ptr())
     if bias is not None:
         y += bias
     return y if x.dtype is torch.float32 else y.to(x.dtype)
@@ -216,7 +215,7 @@ def _corrected(y: Tensor, x: Tensor, u: Tensor, v: Tensor, dtype: str) -> Tensor
     _fits_adapters(y, x, u, v)
     rows, out = x.contiguous(), y.clone(memory_format=torch.contiguous_format)
     adapters = _kept(_pack_adapters, u, v, dtype)
-    adapters.add_at(bitnet_kernels.isa(), rows.data_ptr(), rows.numel() // v.shape[0], out.data_ptr())
+    adapters.add_at(rows.data_ptr(), rows.numel() // v.shape[0], out.data_ptr())
     return out
 
 

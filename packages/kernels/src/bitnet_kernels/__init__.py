@@ -221,6 +221,18 @@ class TernaryMatrix:
         """
         return self._matrix.matmul(_isa, activations(x, self.columns, self.rows))
 
+    def matmul_at(self, x: int, tokens: int, y: int) -> None:
+        """Write `matmul`'s result into memory: for callers whose products are so short that describing an array would show.
+
+        Nothing is checked, and a wrong address ends the process.
+
+        Args:
+            x: address of contiguous float32 `[tokens, columns]`.
+            tokens: how many.
+            y: address of contiguous float32 `[tokens, rows]`; NaN for tokens that hold a NaN or an infinity.
+        """
+        _native.multiply_at(self._matrix, _isa, x, tokens, y)
+
     def matmul_integer(self, x: NDArray[np.float32]) -> NDArray[np.int32]:
         """Return the integer sums of the same product, before any scale."""
         return self._matrix.matmul_integer(_isa, activations(x, self.columns, self.rows))

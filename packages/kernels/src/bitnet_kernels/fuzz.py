@@ -15,9 +15,9 @@ import numpy as np
 
 import bitnet_kernels
 from bitnet_kernels import BLOCK_TYPES, BlockMatrix, TernaryMatrix
-from bitnet_kernels.decoder import KV_TYPES, KvCache, rms_norm, rope
 from bitnet_kernels.formats import TYPES
 from bitnet_kernels.low_rank import LowRank
+from bitnet_kernels.ops import KV_TYPES, KvCache, rms_norm, rope
 
 NAMES = (
     "blocks",

@@ -73,5 +73,15 @@ class LowRank:
         """
         found = activations(x, self.columns, self.rows)
         y = np.zeros((len(found), self.rows), np.float32)
-        self._native.add_at(bitnet_kernels.isa(), found.ctypes.data, len(found), y.ctypes.data)
+        self.add_at(found.ctypes.data, len(found), y.ctypes.data)
         return y
+
+    def add_at(self, x: int, tokens: int, y: int) -> None:
+        """Add `matmul`'s result to what lies in memory. Nothing is checked, and a wrong address ends the process.
+
+        Args:
+            x: address of contiguous float32 `[tokens, columns]`.
+            tokens: how many.
+            y: address of contiguous float32 `[tokens, rows]`, which is added to.
+        """
+        self._native.add_at(bitnet_kernels.isa(), x, tokens, y)

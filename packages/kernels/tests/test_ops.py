@@ -1,17 +1,8 @@
 """Norm, rotary embedding and attention of every instruction set against numpy in double precision."""
 
-import bitnet_kernels
 import numpy as np
 import pytest
-from bitnet_kernels.decoder import KvCache, rms_norm, rope
-
-
-@pytest.fixture(params=bitnet_kernels.available_isas())
-def isa(request):
-    before = bitnet_kernels.isa()
-    bitnet_kernels.use_isa(request.param)
-    yield request.param
-    bitnet_kernels.use_isa(before)
+from bitnet_kernels.ops import KvCache, rms_norm, rope
 
 
 def normal(*shape, seed=0):
