@@ -10,7 +10,8 @@ def cache(tmp_path_factory):
     """The folder of tokenised sources during the tests, instead of the user's."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_handler.stream.cache_directory", lambda configured: Path(configured) if configured else folder)
+        for module in ("stream", "tokenizer_cache"):
+            patch.setattr(f"data_handler.{module}.cache_directory", lambda configured: Path(configured) if configured else folder)
         yield folder
 
 

@@ -7,6 +7,7 @@ import pytest
 from data_handler import PackedStream, documents, is_heldout, load_config, train_tokenizer
 from data_handler.cache import tokenised
 from data_handler.encoding import Encoder
+from data_handler.sources import stdlib
 from data_handler.sources.stdlib import paragraphs, split_docstrings, unique_paragraphs
 
 MODULE = '''"""Module text.
@@ -151,3 +152,32 @@ def test_packing_uses_98_percent_of_the_demo_rows(demo, cache):
     for row in heldout.rows():
         used[int(row["domain"])] += int((row["document_ids"] > 0).sum())
     assert used == {0: 2000, 1: 2000}
+
+
+def test_a_few_documents_are_read_without_the_rest(monkeypatch):
+    split = []
+    monkeypatch.setattr(stdlib, "split_docstrings", lambda text: split.append(text) or (text, []))
+    for kept in (stdlib._modules, stdlib._prose):
+        kept.cache_clear()
+    try:
+        for source in load_config("demo").sources:
+            assert next(documents(source))
+        assert len(split) == 1
+    finally:
+        for kept in (stdlib._modules, stdlib._prose):
+            kept.cache_clear()
+
+
+def test_what_failed_is_tried_again_where_it_failed():
+    fails = [True, False]
+
+    def make():
+        yield from (1, 2)
+        if fails.pop(0):
+            raise OSError
+        yield 3
+
+    kept = stdlib._Kept(make)
+    with pytest.raises(OSError):
+        list(kept)
+    assert list(kept) == list(kept) == [1, 2, 3]

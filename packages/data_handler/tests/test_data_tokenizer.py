@@ -1,10 +1,13 @@
+import dataclasses
 import json
+from itertools import islice
+from pathlib import Path
 
 import pytest
 from bitnet_arch import save_master
 from bitnet_arch.gguf.tokenizer import read_tokenizer
 from bitnet_arch.testing import tiny_bitnet, tiny_tokenizer
-from data_handler import UserError, restore_tokenizer, train_tokenizer
+from data_handler import UserError, own_tokenizer, restore_tokenizer, train_tokenizer, training_documents
 from data_handler.encoding import encode
 
 TEXTS = ["the cat sat on the mat. " * 5, "def add(a, b):\n    return a + b\n", "naïve café, 12345 and 日本語"]
@@ -68,3 +71,67 @@ def test_a_document_begins_as_the_tokenizer_begins_a_prompt(around, begins):
     (ids,) = encode(["a fox"], tokenizer)
     assert ids.tolist() == [*tokenizer("a fox").input_ids, tokenizer.eos_token_id]
     assert (ids[0] == tokenizer.bos_token_id) == begins
+
+
+@pytest.fixture
+def kept(config, tmp_path):
+    """A configuration with a cache of its own, and its cache's tokenizers."""
+    config = dataclasses.replace(config, cache_dir=str(tmp_path / "kept"))
+    return config, lambda: sorted((tmp_path / "kept").iterdir())
+
+
+def forbid_training(monkeypatch):
+    monkeypatch.setattr("data_handler.tokenizer_cache.train_tokenizer", lambda *_: pytest.fail("it was trained again"))
+
+
+def test_a_configurations_tokenizer_is_trained_once(kept, monkeypatch):
+    config, files = kept
+    one = own_tokenizer(config, 280, 10)
+    assert [path.name.startswith("tokenizer-") for path in files()] == [True]
+    forbid_training(monkeypatch)
+    monkeypatch.setattr("data_handler.tokenizer_cache.documents", lambda *_: pytest.fail("the text was read again"))
+    again = own_tokenizer(config, 280, 10)
+    assert again.backend_tokenizer.to_str() == one.backend_tokenizer.to_str()
+    assert (again.eos_token_id, again.chat_template) == (one.eos_token_id, one.chat_template)
+
+
+def test_it_is_that_of_the_first_training_documents(kept):
+    config, _ = kept
+    chosen = [list(training_documents(config, source))[:10] for source in range(2)]
+    expected = train_tokenizer([text for texts in chosen for text in texts], 280)
+    assert own_tokenizer(config, 280, 10).backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+
+
+@pytest.mark.parametrize("change", ["text", "size", "documents", "share", "damage"])
+def test_other_text_or_settings_give_another_tokenizer(kept, change):
+    config, files = kept
+    own_tokenizer(config, 280, 10)
+    size, documents = 280 + (change == "size"), 10 + (change == "documents")
+    if change == "text":
+        with Path(config.sources[0].path).open("a") as file:
+            file.write(json.dumps({config.sources[0].text_column: "zq zq zq"}) + "\n")
+    if change == "share":
+        config = dataclasses.replace(config, heldout_share=0.5)
+    if change == "damage":
+        files()[0].write_text("{")
+    again = own_tokenizer(config, size, documents)
+    fresh = train_tokenizer(
+        [text for source in range(2) for text in islice(training_documents(config, source), documents)], size
+    ).backend_tokenizer.to_str()
+    assert again.backend_tokenizer.to_str() == fresh
+    assert len(files()) == (1 if change == "damage" else 2)
+    assert files()[0].read_text() != "{"
+
+
+def test_where_nothing_can_be_kept_it_is_trained_all_the_same(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    config = dataclasses.replace(config, cache_dir=str(tmp_path / "file"))
+    assert len(own_tokenizer(config, 280, 10)) == 280
+
+
+def test_a_streamed_source_is_read_each_time(kept):
+    config, files = kept
+    config = dataclasses.replace(config, sources=tuple(dataclasses.replace(s, streaming=True) for s in config.sources))
+    assert len(own_tokenizer(config, 280, 10)) == 280
+    with pytest.raises(FileNotFoundError):
+        files()

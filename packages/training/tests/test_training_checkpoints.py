@@ -61,7 +61,7 @@ def test_changed_text_is_refused_and_no_tokenizer_is_trained_again(short, own_co
     changed.write_text(original + " zero zero")
     assert "was trained on other text" in refusal(short, capsys)
     changed.write_text(original)
-    monkeypatch.setattr(models, "train_tokenizer", lambda *_: pytest.fail("the run has a tokenizer"))
+    monkeypatch.setattr(models, "own_tokenizer", lambda *_: pytest.fail("the run has a tokenizer"))
     run(short)
     assert_equal(weights(directory), expected)
 

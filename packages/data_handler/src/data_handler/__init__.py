@@ -12,6 +12,7 @@ from data_handler.sources import documents
 from data_handler.split import is_heldout
 from data_handler.stream import PackedStream
 from data_handler.tokenizer import restore_tokenizer, train_tokenizer
+from data_handler.tokenizer_cache import own_tokenizer, training_documents
 
 __all__ = [
     "BatchLoader",
@@ -27,8 +28,10 @@ __all__ = [
     "is_heldout",
     "load_config",
     "merge_states",
+    "own_tokenizer",
     "parse_config",
     "probe_rows",
     "restore_tokenizer",
     "train_tokenizer",
+    "training_documents",
 ]

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from bitnet_arch import (
 from bitnet_arch.calibration import max_positions
 from bitnet_arch.diffusion import diffusion_of
 from bitnet_arch.modeling import TernaryForm, form_of
-from data_handler import DataConfig, PackedStream, documents, is_heldout, restore_tokenizer, train_tokenizer
+from data_handler import DataConfig, PackedStream, own_tokenizer, restore_tokenizer, training_documents
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -191,7 +191,7 @@ def calibration_rows(
     length = min(CALIBRATION_LENGTH, context or CALIBRATION_LENGTH)
     for i in range(count):
         ids: list[int] = []
-        for text in _training_documents(data, source_index=i % len(data.sources), skip=i // len(data.sources)):
+        for text in islice(training_documents(data, i % len(data.sources)), i // len(data.sources), None):
             ids += tokenizer(text).input_ids
             if len(ids) >= length:
                 break
@@ -223,11 +223,6 @@ def _check_master(model: ModelConfig, directory: Path) -> None:
         raise UserError(f"{directory} is ternary already, and model.lrc corrects a float model: give that, or leave out model.lrc")
 
 
-def _training_documents(data: DataConfig, source_index: int, skip: int = 0) -> Iterator[str]:
-    texts = (text for text in documents(data.sources[source_index]) if not is_heldout(text, data.heldout_share))
-    return islice(texts, skip, None)
-
-
 def _random(config: RunConfig, saved: str | None) -> Start:
     tokenizer, model = _random_float(config, saved)
     converted = convert_model(model, config.model.conversion())
@@ -238,18 +233,7 @@ def _random(config: RunConfig, saved: str | None) -> Start:
 def _random_float(config: RunConfig, saved: str | None) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
     shape = config.model.shape
     assert shape is not None
-    if saved is None:
-        sources = range(len(config.data.sources))
-        texts = (text for i in sources for text in islice(_training_documents(config.data, i), TOKENIZER_DOCUMENTS))
-        first = next(texts, None)
-        if first is None:
-            names = ", ".join(source.name for source in config.data.sources)
-            raise UserError(
-                f"the data has no text to train a tokenizer on (sources: {names}): give it at least one document with text"
-            )
-        tokenizer = train_tokenizer(chain([first], texts), shape.vocab_size)
-    else:
-        tokenizer = restore_tokenizer(saved)
+    tokenizer = restore_tokenizer(saved) if saved else own_tokenizer(config.data, shape.vocab_size, TOKENIZER_DOCUMENTS)
     llama = LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,

@@ -7,15 +7,18 @@ from the prose. Otherwise the code of the training part would hold the very sent
 import ast
 import importlib.util
 import inspect
+import os
 import platform
 import re
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import chain, islice
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from data_handler.config import SourceConfig
 from data_handler.errors import UserError
@@ -32,6 +35,38 @@ LEFT_OUT = frozenset(
 """Folders of the standard library that are neither code to learn from nor in every Python."""
 
 Scope = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+T = TypeVar("T")
+
+
+class _Kept(Generic[T]):
+    """An iterable that keeps what it has made: parsing the library takes seconds, and a few documents are often enough."""
+
+    def __init__(self, make: Callable[[], Iterator[T]]) -> None:
+        self._make = make
+        self._made: list[T] = []
+        self._rest: Iterator[T] | None = None
+
+    def __iter__(self) -> Iterator[T]:
+        number = 0
+        while True:
+            if number == len(self._made):
+                try:
+                    self._made.append(self._next())
+                except StopIteration:
+                    return
+            yield self._made[number]
+            number += 1
+
+    def _next(self) -> T:
+        if self._rest is None:
+            self._rest = islice(self._make(), len(self._made), None)
+        try:
+            return next(self._rest)
+        except StopIteration:
+            raise
+        except BaseException:  # a generator that has failed would look as if it had come to its end
+            self._rest = None
+            raise
 
 
 class _StdlibReader:
@@ -40,8 +75,8 @@ class _StdlibReader:
     def __init__(self, source: SourceConfig) -> None:
         self.source = source
 
-    def texts(self) -> Sequence[str]:
-        """Return all documents."""
+    def texts(self) -> Iterator[str]:
+        """Yield all documents."""
         raise NotImplementedError
 
     def shards(self) -> Sequence[Shard]:
@@ -51,12 +86,12 @@ class _StdlibReader:
     def read(self, shard: int, start: int = 0) -> Iterator[tuple[int, Record]]:
         """Yield the documents (see `Reader.read`)."""
         del shard
-        texts = self.texts()
-        if start > len(texts):
-            raise ends_early(self.source, "the standard library", len(texts), start, "documents")
-        for number, text in enumerate(texts[start:], start + 1):
-            if text.strip():
+        number = 0
+        for number, text in enumerate(self.texts(), 1):
+            if number > start and text.strip():
                 yield number, Record(text)
+        if number < start:
+            raise ends_early(self.source, "the standard library", number, start, "documents")
 
     def prefix(self, shard: int, position: int) -> str | None:
         """Return None: nothing is known of a part of a shard."""
@@ -67,17 +102,17 @@ class _StdlibReader:
 class CodeReader(_StdlibReader):
     """The standard library's modules, one a document, without docstrings; sorted by path."""
 
-    def texts(self) -> Sequence[str]:
-        """Return the modules."""
-        return [code for code, _ in _modules()]
+    def texts(self) -> Iterator[str]:
+        """Yield the modules."""
+        return (code for code, _ in _modules())
 
 
 class ProseReader(_StdlibReader):
     """Python's reference topics, then each module's docstrings joined; no paragraph occurs twice."""
 
-    def texts(self) -> Sequence[str]:
-        """Return topics and docstrings."""
-        return _prose()
+    def texts(self) -> Iterator[str]:
+        """Yield topics and docstrings."""
+        return iter(_prose())
 
 
 def split_docstrings(source: str) -> tuple[str, list[str]]:
@@ -120,21 +155,26 @@ def paragraphs(text: str) -> list[str]:
     return [p.rstrip() for p in re.split(r"\n[^\S\n]*(?:\n[^\S\n]*)*\n", text) if p.strip()]
 
 
-@lru_cache(maxsize=1)
-def _modules() -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Return (code, docstrings) of every module; kept, because both domains and both splits ask for it."""
-    result = []
+def _split_modules() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield (code, docstrings) of every module."""
+    empty = True
     for path in _sources():
         try:
             with tokenize.open(path) as file:
                 code, docstrings = split_docstrings(file.read())
         except (SyntaxError, UnicodeDecodeError):  # a template or a sample, not a module
             continue
-        result.append((code, tuple(docstrings)))
-    if not result:
+        empty = False
+        yield code, tuple(docstrings)
+    if empty:
         root = sysconfig.get_paths()["stdlib"]
         raise UserError(f"this Python has no library sources in {root}: install them, or use another data configuration")
-    return tuple(result)
+
+
+@lru_cache(maxsize=1)
+def _modules() -> Iterable[tuple[str, tuple[str, ...]]]:
+    """Return (code, docstrings) of every module; kept, because both domains and both splits ask for it."""
+    return _Kept(_split_modules)
 
 
 @lru_cache(maxsize=1)
@@ -142,12 +182,13 @@ def _sources() -> tuple[Path, ...]:
     """Return the library's files that are neither tests nor tables, sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        # _sysconfigdata describes one machine's build; config-* holds its makefiles.
-        if not LEFT_OUT.intersection(parts) and not parts[0].startswith(("config-", "_sysconfigdata")):
-            found.append(path)
-    return tuple(found)
+    for folder, folders, files in os.walk(root):
+        # Not walked: site-packages alone may hold a hundred times the library. _sysconfigdata describes one machine's build;
+        # config-* holds its makefiles.
+        top = Path(folder) == root
+        folders[:] = [name for name in folders if name not in LEFT_OUT and not (top and name.startswith("config-"))]
+        found += [Path(folder, name) for name in files if name.endswith(".py") and not (top and name.startswith("_sysconfigdata"))]
+    return tuple(sorted(found))
 
 
 @lru_cache(maxsize=1)
@@ -160,14 +201,18 @@ def _stamp() -> str:
     return digest.hexdigest()
 
 
-@lru_cache(maxsize=1)
-def _prose() -> tuple[str, ...]:
+def _made_prose() -> Iterator[str]:
     if importlib.util.find_spec("pydoc_data") is None:
         raise UserError("this Python lacks pydoc_data: install its full standard library, or use another data configuration")
     from pydoc_data.topics import topics  # half a megabyte, wanted by this source only
 
     joined = ("\n\n".join(docstrings) for _, docstrings in _modules())
-    return tuple(unique_paragraphs([*(topics[key] for key in sorted(topics)), *joined]))
+    return unique_paragraphs(chain((topics[key] for key in sorted(topics)), joined))
+
+
+@lru_cache(maxsize=1)
+def _prose() -> Iterable[str]:
+    return _Kept(_made_prose)
 
 
 def _docstring_nodes(tree: ast.Module) -> Iterator[tuple[Scope, ast.Expr]]:
