@@ -304,11 +304,13 @@ def test_the_number_of_threads_changes_nothing(tmp_path):
         assert torch.equal(engine_logits(path), expected)
 
 
-@pytest.mark.parametrize("isa", bitnet_kernels.available_isas())
-def test_every_instruction_set(isa, plain):
-    expected = reference(plain)
-    bitnet_kernels.use_isa(isa)
-    assert_equal_up_to_edges(engine_logits(plain), expected)
+@pytest.mark.parametrize("maker", ["bitnet-2b4t", "qwen3", "gemma3"])  # the three activations
+def test_every_instruction_set(maker, tmp_path):
+    path = write(form(random_model(MAKERS[maker]), "none"), tmp_path)
+    expected = reference(path)
+    for isa in bitnet_kernels.available_isas():
+        bitnet_kernels.use_isa(isa)
+        assert_equal_up_to_edges(engine_logits(path), expected)
 
 
 def test_a_shared_prefix_need_not_be_computed_again(plain):

@@ -34,6 +34,8 @@ def test_rope_turns_pairs_and_leaves_the_rest(isa, head_dim):
 
 def kept(x, kind):
     """Return what a cache keeps of float32 `[positions, heads, head_dim]`, in double precision."""
+    if kind == "f32":
+        return x.astype(np.float64)
     if kind == "f16":
         return x.astype(np.float16).astype(np.float64)
     largest = np.abs(x).max(-1, keepdims=True)
@@ -64,7 +66,7 @@ def masks(tokens, start):
     }
 
 
-@pytest.mark.parametrize("kind", ["f16", "int8"])
+@pytest.mark.parametrize("kind", ["f32", "f16", "int8"])
 @pytest.mark.parametrize(("heads", "group", "head_dim"), [(1, 1, 16), (2, 2, 64), (1, 3, 80), (3, 5, 32), (2, 4, 20), (1, 9, 128)])
 def test_attention(isa, kind, heads, group, head_dim):
     positions, tokens = 200, 7
@@ -143,7 +145,7 @@ def test_bad_input_is_named():
     whole = np.array([[0, 3]] * 3)
     broken = [np.where(np.arange(16) == 15, np.float32(value), x[:1]) for value in (np.nan, np.inf, -np.inf)]
     for call, name in (
-        (lambda: KvCache("f32", 2, 16, 4), "kind"),
+        (lambda: KvCache("f64", 2, 16, 4), "kind"),
         (lambda: KvCache("f16", 0, 16, 4), "heads"),
         (lambda: cache.append(x, x), "keys: there is room for 1"),
         (lambda: cache.append(x[:1], x), "values"),

@@ -66,7 +66,7 @@ wf_status wf_open(const char* path, const wf_options* options, wf_engine** engin
       wanted.slots = options->slots == 0 ? 1 : options->slots;
       wanted.context = options->context;
       if (options->cache < WF_CACHE_F32 || options->cache > WF_CACHE_INT8) return fail(WF_BAD_ARGUMENT, "the cache is of no known type");
-      wanted.cache = static_cast<wf::CacheType>(options->cache);
+      wanted.cache = static_cast<wf::KvType>(options->cache);
       if (options->isa != nullptr) {
         wanted.kernels = wf::kernels_named(options->isa);
         if (wanted.kernels == nullptr) return fail(WF_BAD_ARGUMENT, "this processor or this build has no such instruction set");

@@ -195,8 +195,8 @@ struct Kv {
 
   Kv(int type, int64_t heads, int64_t head_dim, int64_t capacity) {
     const auto kind = static_cast<wf::KvType>(type);
-    const int64_t bytes = heads * capacity * head_dim * (kind == wf::KvType::f16 ? 2 : 1);
-    const int64_t scales = kind == wf::KvType::f16 ? 0 : heads * capacity;
+    const int64_t bytes = heads * capacity * head_dim * wf::bytes_of(kind);
+    const int64_t scales = kind == wf::KvType::int8 ? heads * capacity : 0;
     keys = wf::allocate<uint8_t>(bytes);
     values = wf::allocate<uint8_t>(bytes);
     key_scales = wf::allocate<float>(scales);

@@ -12,9 +12,6 @@
 
 namespace wf {
 
-// What each number is kept in: f32 is exactly what training computes with; f16 is rounded; int8 has a scale a vector.
-enum class CacheType : int { f32, f16, int8 };
-
 struct CacheShape {
   int64_t slots, layers, heads, context, head_width;
 };
@@ -23,41 +20,29 @@ struct CacheShape {
 // until it is written to.
 class Cache {
  public:
-  Cache(CacheType type, const CacheShape& shape) : type_(type), shape_(shape) {
-    const int64_t size = type == CacheType::f32 ? 4 : type == CacheType::f16 ? 2 : 1;
+  Cache(KvType type, const CacheShape& shape) : type_(type), shape_(shape), vector_bytes_(shape.head_width * bytes_of(type)) {
     int64_t vectors, numbers;
     if (__builtin_mul_overflow(shape.slots * shape.layers * 2, shape.heads * shape.context, &vectors) ||
-        __builtin_mul_overflow(vectors, shape.head_width * size, &numbers)) {
+        __builtin_mul_overflow(vectors, vector_bytes_, &numbers)) {
       throw std::bad_alloc();
     }
     data_ = zeros<uint8_t>(numbers);
-    if (type == CacheType::int8) scales_ = zeros<float>(vectors * static_cast<int64_t>(sizeof(float)));
-    vector_bytes_ = shape.head_width * size;
+    if (type == KvType::int8) scales_ = zeros<float>(vectors * static_cast<int64_t>(sizeof(float)));
   }
-
-  CacheType type() const { return type_; }
 
   // Keeps the keys and values of all heads, [heads, head_width] each, of a position.
   void write(int64_t slot, int64_t layer, int64_t position, const float* key, const float* value) {
     const KvCache cache = view(slot, layer);
     for (int64_t head = 0; head < shape_.heads; ++head, key += shape_.head_width, value += shape_.head_width) {
-      if (type_ == CacheType::f32) {
-        const int64_t at = cache.row(head, position) * shape_.head_width;
-        std::copy_n(key, shape_.head_width, static_cast<float*>(cache.keys) + at);
-        std::copy_n(value, shape_.head_width, static_cast<float*>(cache.values) + at);
-      } else {
-        store_kv(cache, head, position, key, value);
-      }
+      store_kv(cache, head, position, key, value);
     }
   }
 
-  // As the kernels know it. Of f32, whose type they do not know, keys and values are floats.
   KvCache view(int64_t slot, int64_t layer) const {
     const int64_t rows = shape_.heads * shape_.context, first = (slot * shape_.layers + layer) * 2 * rows;
     uint8_t* keys = data_.get() + first * vector_bytes_;
-    float* scales = type_ == CacheType::int8 ? scales_.get() + first : nullptr;
-    const KvType type = type_ == CacheType::int8 ? KvType::int8 : KvType::f16;
-    return {type, shape_.heads, shape_.context, shape_.head_width, keys, keys + rows * vector_bytes_, scales,
+    float* scales = type_ == KvType::int8 ? scales_.get() + first : nullptr;
+    return {type_, shape_.heads, shape_.context, shape_.head_width, keys, keys + rows * vector_bytes_, scales,
             scales == nullptr ? nullptr : scales + rows};
   }
 
@@ -79,9 +64,9 @@ class Cache {
     return made;
   }
 
-  CacheType type_;
+  KvType type_;
   CacheShape shape_;
-  int64_t vector_bytes_ = 0;
+  int64_t vector_bytes_;
   Buffer<uint8_t> data_;
   Buffer<float> scales_;
 };

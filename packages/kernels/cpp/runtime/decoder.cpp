@@ -1,6 +1,7 @@
 #include "runtime/decoder.h"
 
 #include <algorithm>
+#include <bit>
 #include <chrono>
 #include <cmath>
 #include <optional>
@@ -20,9 +21,9 @@ struct Decoder::Row {
 
 // Memory of a chunk of rows. Every buffer is [rows, ...].
 struct Decoder::Scratch {
-  std::vector<float> x, normed, query, key, value, attended, gate, up, projected, prepared, adapted, scores, turns;
+  std::vector<float> x, normed, query, key, value, attended, gate, up, projected, prepared, adapted, turns;
 
-  Scratch(const Model& m, int64_t rows, int64_t visible) {
+  Scratch(const Model& m, int64_t rows) {
     const int64_t inner = m.heads * m.head_width, kv = m.kv_heads * m.head_width, widest = std::max({m.width, inner, m.ffn});
     const auto size = [&](std::vector<float>& buffer, int64_t width) { buffer.resize(static_cast<size_t>(rows * width)); };
     for (auto* buffer : {&x, &normed, &projected}) size(*buffer, m.width);
@@ -31,7 +32,6 @@ struct Decoder::Scratch {
     for (auto* buffer : {&gate, &up}) size(*buffer, m.ffn);
     size(prepared, widest);
     size(turns, 2 * m.head_width);  // cos, sin, and those of sliding layers
-    scores.resize(static_cast<size_t>(visible));
   }
 };
 
@@ -45,8 +45,12 @@ Error not_finite(const char* what) {
   return {Kind::number, std::string(what) + " is not finite: the file's numbers are damaged or too large"};
 }
 
+// By exponents, which are all ones in what is not finite: a loop that compilers put into vectors.
 bool finite(const float* x, int64_t count) {
-  return std::all_of(x, x + count, [](float value) { return std::isfinite(value); });
+  constexpr uint32_t kExponent = 0x7f800000U;
+  bool all = true;
+  for (int64_t i = 0; i < count; ++i) all &= (std::bit_cast<uint32_t>(x[i]) & kExponent) != kExponent;
+  return all;
 }
 
 void norm_rows(const FloatKernels& kernels, const Norm& norm, const float* x, int64_t rows, int64_t width, float* out) {
@@ -55,10 +59,6 @@ void norm_rows(const FloatKernels& kernels, const Norm& norm, const float* x, in
     return;
   }
   for (int64_t row = 0; row < rows; ++row) kernels.rms_norm(x + row * width, norm.gain.data(), width, norm.epsilon, out + row * width);
-}
-
-void add(std::vector<float>& x, const std::vector<float>& y, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) x[static_cast<size_t>(i)] += y[static_cast<size_t>(i)];
 }
 
 }  // namespace
@@ -130,9 +130,7 @@ Result<Stats> Decoder::step(std::span<const Sequence> sequences, Rows wanted, fl
   ends.push_back(rows.size());
 
   const int64_t width = model_->width, most = std::min<int64_t>(kMostRows, static_cast<int64_t>(rows.size()));
-  int64_t visible = 0;
-  for (const Row& row : rows) visible = std::max(visible, row.visible);
-  Scratch s(*model_, most, visible);
+  Scratch s(*model_, most);
   std::vector<float> heads(static_cast<size_t>(wanted == Rows::none ? 0 : most * width));
   first = 0;
   for (const size_t end : ends) {
@@ -199,9 +197,11 @@ std::optional<Error> Decoder::attend(const Layer& layer, int64_t index, std::spa
     const Row& row = rows[static_cast<size_t>(i)];
     const float* turns = s.turns.data() + i * 4 * pairs + (layer.local_rope ? 2 * pairs : 0);
     const auto prepare = [&](float* heads, int64_t number, const Norm& norm) {
-      for (float* head = heads; head < heads + number * m.head_width; head += m.head_width) {
-        if (norm) floats_.rms_norm(head, norm.gain.data(), m.head_width, norm.epsilon, head);
-        rope(head, m.head_width, turns, turns + pairs, m.neighbour_rope);
+      if (norm) norm_rows(floats_, norm, heads, number, m.head_width, heads);
+      if (m.neighbour_rope) {
+        rope_neighbours(heads, turns, turns + pairs, number, m.head_width);
+      } else {
+        floats_.rope(heads, turns, turns + pairs, number, m.head_width, pairs);
       }
     };
     prepare(s.query.data() + i * inner, m.heads, layer.query_norm);
@@ -209,40 +209,25 @@ std::optional<Error> Decoder::attend(const Layer& layer, int64_t index, std::spa
     cache_.write(row.slot, index, row.position, s.key.data() + i * kv, s.value.data() + i * kv);
   }
   for (int64_t i = 0; i < count; ++i) {
-    attend_row(layer.window, index, rows[static_cast<size_t>(i)], s.query.data() + i * inner, s.attended.data() + i * inner, s);
+    attend_row(layer.window, index, rows[static_cast<size_t>(i)], s.query.data() + i * inner, s.attended.data() + i * inner);
   }
   if (layer.attention_sub_norm) norm_rows(floats_, layer.attention_sub_norm, s.attended.data(), count, inner, s.attended.data());
   if (auto error = apply({&layer.output}, s.attended.data(), count, {s.projected.data()}, s)) return error;
   if (layer.post_attention_norm) norm_rows(floats_, layer.post_attention_norm, s.projected.data(), count, m.width, s.projected.data());
-  add(s.x, s.projected, count * m.width);
+  floats_.accumulate(s.x.data(), s.projected.data(), count * m.width);
   return {};
 }
 
 // Every head of one query over the positions that it sees.
-void Decoder::attend_row(int64_t window, int64_t layer, const Row& row, const float* query, float* out, Scratch& s) const {
+void Decoder::attend_row(int64_t window, int64_t layer, const Row& row, const float* query, float* out) const {
   const Model& m = *model_;
   const int64_t group = m.heads / m.kv_heads, width = m.head_width;
   const int64_t first = window > 0 ? std::max<int64_t>(0, row.position - window + 1) : 0;
-  const int64_t end = window > 0 ? std::min(row.visible, row.position + window) : row.visible, count = end - first;
+  const int64_t end = window > 0 ? std::min(row.visible, row.position + window) : row.visible;
   const KvCache cache = cache_.view(row.slot, layer);
-  if (cache_.type() != CacheType::f32) {
-    for (int64_t kv = 0; kv < m.kv_heads; ++kv) {
-      const int64_t at = kv * group * width;
-      floats_.attention(cache, kv, query + at, group, first, end, m.attention_scale, out + at);
-    }
-    return;
-  }
-  std::fill_n(out, m.heads * width, 0.0F);
   for (int64_t kv = 0; kv < m.kv_heads; ++kv) {
-    const float* keys = static_cast<const float*>(cache.keys) + cache.row(kv, first) * width;
-    const float* values = static_cast<const float*>(cache.values) + cache.row(kv, first) * width;
-    for (int64_t head = kv * group; head < (kv + 1) * group; ++head) {
-      for (int64_t i = 0; i < count; ++i) {
-        s.scores[static_cast<size_t>(i)] = dot(query + head * width, keys + i * width, width) * m.attention_scale;
-      }
-      softmax(s.scores.data(), count);
-      for (int64_t i = 0; i < count; ++i) add_scaled(out + head * width, values + i * width, s.scores[static_cast<size_t>(i)], width);
-    }
+    const int64_t at = kv * group * width;
+    floats_.attention(cache, kv, query + at, group, first, end, m.attention_scale, out + at);
   }
 }
 
@@ -250,11 +235,11 @@ std::optional<Error> Decoder::feed_forward(const Layer& layer, int64_t tokens, S
   const Model& m = *model_;
   norm_rows(floats_, layer.mlp_norm, s.x.data(), tokens, m.width, s.normed.data());
   if (auto error = apply({&layer.gate, &layer.up}, s.normed.data(), tokens, {s.gate.data(), s.up.data()}, s)) return error;
-  activate(m.activation, s.gate.data(), s.up.data(), tokens * m.ffn);
+  floats_.activate(m.activation, s.gate.data(), s.up.data(), tokens * m.ffn);
   if (layer.mlp_sub_norm) norm_rows(floats_, layer.mlp_sub_norm, s.gate.data(), tokens, m.ffn, s.gate.data());
   if (auto error = apply({&layer.down}, s.gate.data(), tokens, {s.projected.data()}, s)) return error;
   if (layer.post_mlp_norm) norm_rows(floats_, layer.post_mlp_norm, s.projected.data(), tokens, m.width, s.projected.data());
-  add(s.x, s.projected, tokens * m.width);
+  floats_.accumulate(s.x.data(), s.projected.data(), tokens * m.width);
   return {};
 }
 
@@ -284,12 +269,12 @@ std::optional<Error> Decoder::apply(const std::vector<const Linear*>& layers, co
     s.adapted.resize(static_cast<size_t>(layer.rank));
     for (int64_t token = 0; token < tokens; ++token) {
       float* out = y[i] + token * layer.rows();
-      if (!layer.bias.empty()) add_scaled(out, layer.bias.data(), 1.0F, layer.rows());
+      if (!layer.bias.empty()) floats_.accumulate(out, layer.bias.data(), layer.rows());
       if (layer.rank == 0) continue;
       for (int64_t r = 0; r < layer.rank; ++r) {
-        s.adapted[static_cast<size_t>(r)] = dot(x + token * columns, layer.v_transposed.data() + r * columns, columns);
+        s.adapted[static_cast<size_t>(r)] = floats_.dot(x + token * columns, layer.v_transposed.data() + r * columns, columns);
       }
-      for (int64_t row = 0; row < layer.rows(); ++row) out[row] += dot(s.adapted.data(), layer.u.data() + row * layer.rank, layer.rank);
+      for (int64_t row = 0; row < layer.rows(); ++row) out[row] += floats_.dot(s.adapted.data(), layer.u.data() + row * layer.rank, layer.rank);
     }
   }
   return {};

@@ -22,7 +22,7 @@ namespace wf {
 struct DecoderOptions {
   int64_t slots = 1;
   int64_t context = 0;  // positions a slot holds; 0: as many as the model has
-  CacheType cache = CacheType::f32;
+  KvType cache = KvType::f32;
   const Kernels* kernels = nullptr;  // null: the fastest
 };
 
@@ -75,7 +75,7 @@ class Decoder {
   std::optional<Error> feed_forward(const Layer& layer, int64_t tokens, Scratch& s);
   std::optional<Error> apply(const std::vector<const Linear*>& layers, const float* x, int64_t tokens, const std::vector<float*>& y,
                              Scratch& s) const;
-  void attend_row(int64_t window, int64_t layer, const Row& row, const float* query, float* out, Scratch& s) const;
+  void attend_row(int64_t window, int64_t layer, const Row& row, const float* query, float* out) const;
 
   std::shared_ptr<const Model> model_;
   const Kernels& kernels_;

@@ -14,8 +14,8 @@ constexpr int64_t kChunkNumbers = 64 << 10;  // weights of a chunk, at least
 
 class HeadJob final : public Job {
  public:
-  HeadJob(std::shared_ptr<const Model> model, const float* hidden, int64_t tokens, float* logits)
-      : model_(std::move(model)), hidden_(hidden, hidden + tokens * model_->width), own_row_(static_cast<size_t>(model_->width)),
+  HeadJob(const FloatKernels& floats, std::shared_ptr<const Model> model, const float* hidden, int64_t tokens, float* logits)
+      : floats_(floats), model_(std::move(model)), hidden_(hidden, hidden + tokens * model_->width), own_row_(static_cast<size_t>(model_->width)),
         tokens_(tokens), logits_(logits) {
     const int64_t most = std::min<int64_t>(model_->vocabulary, kMostChunks);
     chunks = std::clamp<int64_t>(model_->vocabulary * model_->width / kChunkNumbers, 1, most);
@@ -50,11 +50,12 @@ class HeadJob final : public Job {
     for (int64_t word = begin(chunk); word < begin(chunk + 1); ++word, ++out) {
       float_row(model_->head, word, row);
       for (int64_t token = 0; token < tokens_; ++token) {
-        out[token * stride] = dot(row, hidden_.data() + token * model_->width, model_->width);
+        out[token * stride] = floats_.dot(row, hidden_.data() + token * model_->width, model_->width);
       }
     }
   }
 
+  const FloatKernels& floats_;
   std::shared_ptr<const Model> model_;
   std::vector<float> hidden_;
   mutable std::vector<float> own_row_;
@@ -69,7 +70,7 @@ void multiply_head(const std::shared_ptr<const Model>& model, Isa isa, const flo
   if (model->head_blocks != nullptr) {
     multiply_blocks(isa, model->head_blocks, hidden, tokens, logits);
   } else {
-    run(std::make_shared<HeadJob>(model, hidden, tokens, logits));
+    run(std::make_shared<HeadJob>(float_kernels(isa), model, hidden, tokens, logits));
   }
   const float cap = model->logit_cap;
   if (cap > 0) std::transform(logits, logits + tokens * model->vocabulary, logits, [=](float x) { return std::tanh(x / cap) * cap; });

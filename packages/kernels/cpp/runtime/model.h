@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "runtime/gguf.h"
-#include "runtime/ops.h"
 #include "ternary/blocks_product.h"
+#include "ternary/floats.h"
 #include "ternary/product.h"
 
 namespace wf {

@@ -1,27 +1,14 @@
-// The float arithmetic of a decoder, on rows of float32. Sums have an order of their own, the same on every processor.
+// What no kernel is there for: the float arithmetic that few models need.
 #pragma once
 
 #include <cstdint>
 
 namespace wf {
 
-enum class Activation : int { silu, relu2, gelu_tanh };
-
-float dot(const float* a, const float* b, int64_t count);
-
-// gate = activation(gate) · up
-void activate(Activation kind, float* gate, const float* up, int64_t count);
-
 // The block Hadamard rotation of `bitnet_arch.hadamard`, in place: blocks of the largest power of two that divides `count`.
 void rotate(float* x, int64_t count);
 
-// Turns pairs of a head's numbers by angles: (i, i + width / 2), or with `neighbours` (2i, 2i + 1). cos and sin are [width / 2].
-void rope(float* head, int64_t width, const float* cos, const float* sin, bool neighbours);
-
-// Softmax of scores in place.
-void softmax(float* scores, int64_t count);
-
-// y += alpha · x
-void add_scaled(float* y, const float* x, float alpha, int64_t count);
+// Turns neighbours (2i, 2i + 1) of each of `heads` vectors of `width` numbers by angles. cos and sin are [width / 2].
+void rope_neighbours(float* x, const float* cos, const float* sin, int64_t heads, int64_t width);
 
 }  // namespace wf

@@ -10,7 +10,10 @@ namespace wf {
 namespace {
 
 constexpr int kKeys = 64;       // positions whose weights are computed before their values are added
-constexpr int kGroupHeads = 4;  // query heads that share a key on its way to floats
+constexpr int kKeysTogether = 4;
+constexpr bool kFewRegisters = kLanes == 8;             // AVX2 has 16, the others 32
+constexpr int kGroupHeads = kFewRegisters ? 2 : 4;      // query heads that share a key on its way to floats
+constexpr int kValuesTogether = 4;                      // registers of a head's numbers that share a weight
 
 void rms_norm(const float* x, const float* weight, int64_t columns, float epsilon, float* y) {
   // Four sums, so that none waits for the last addition.
@@ -47,10 +50,9 @@ void rope(float* x, const float* cos, const float* sin, int64_t heads, int64_t h
   }
 }
 
-// e^x for x <= 0, within 2 units in the last place; below -87, where float32 ends, the smallest of them. By 2^n * e^r, |r| <= ln 2 / 2,
-// and Taylor's polynomial.
+// e^x within 2 units in the last place; beyond +-87, where float32 ends, as there. By 2^n * e^r, |r| <= ln 2 / 2, and Taylor's polynomial.
 WF_INLINE Floats exponential(Floats x) {
-  x = larger(all(-87.0F), x);  // in this order, in which x86 keeps a NaN
+  x = smaller(all(87.0F), larger(all(-87.0F), x));  // in this order, in which x86 keeps a NaN
   const Ints n = to_ints(multiply(x, all(1.44269504F)));
   const Floats whole = to_floats(n);
   Floats r = fma(whole, all(-0.693359375F), x);  // ln 2 in two parts, of which the first times n is exact
@@ -67,6 +69,7 @@ WF_INLINE Floats exponential(Floats x) {
 
 template <KvType kType>
 WF_INLINE Floats load_kv(const void* rows, int64_t at) {
+  if constexpr (kType == KvType::f32) return load_floats(static_cast<const float*>(rows) + at);
   if constexpr (kType == KvType::f16) return load_halves(static_cast<const uint16_t*>(rows) + at);
   return to_floats(widen_signed(static_cast<const int8_t*>(rows) + at));
 }
@@ -95,6 +98,32 @@ WF_INLINE float weigh(float* scores, int count, Running& running) {
   return earlier[0];
 }
 
+// out = out * earlier + the weighted sum of `count` values, of the numbers [i, i + V * kLanes) of each head.
+template <KvType kType, int H, int V>
+WF_INLINE void add_values(const KvCache& cache, int64_t row, int count, int64_t i, const float (&weights)[H][kKeys], const float (&earlier)[H],
+                          float* out) {
+  const int64_t dim = cache.head_dim;
+  Floats sum[H][V];
+#pragma GCC unroll 4
+  for (int h = 0; h < H; ++h) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[h][v] = multiply(load_floats(out + h * dim + i + v * kLanes), all(earlier[h]));
+  }
+  for (int j = 0; j < count; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const Floats value = load_kv<kType>(cache.values, (row + j) * dim + i + v * kLanes);
+#pragma GCC unroll 4
+      for (int h = 0; h < H; ++h) sum[h][v] = fma(all(weights[h][j]), value, sum[h][v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < H; ++h) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store_some(out + h * dim + i + v * kLanes, sum[h][v], kLanes);
+  }
+}
+
 // H query heads, one after the other in `q` and `out`.
 template <KvType kType, int H>
 void attention_heads(const KvCache& cache, int64_t kv_head, const float* q, int64_t first, int64_t last, float scale, float* out) {
@@ -106,16 +135,30 @@ void attention_heads(const KvCache& cache, int64_t kv_head, const float* q, int6
   for (int64_t begin = first; begin < last; begin += kKeys) {
     const int count = static_cast<int>(least(last - begin, kKeys));
     const int64_t row = cache.row(kv_head, begin);
-    for (int j = 0; j < count; ++j) {
-      Floats sum[H];
-      for (int h = 0; h < H; ++h) sum[h] = zeros();
-      for (int64_t i = 0; i < dim; i += kLanes) {
-        const Floats key = load_kv<kType>(cache.keys, (row + j) * dim + i);
-#pragma GCC unroll 4
-        for (int h = 0; h < H; ++h) sum[h] = fma(load_floats(q + h * dim + i), key, sum[h]);
+    // Four keys together, so that no addition waits for the one before; the last one stands in for those beyond the end.
+    for (int j = 0; j < count; j += kKeysTogether) {
+      Floats sum[H][kKeysTogether];
+      int64_t at[kKeysTogether];
+      for (int k = 0; k < kKeysTogether; ++k) {
+        at[k] = (row + least(j + k, count - 1)) * dim;
+        for (int h = 0; h < H; ++h) sum[h][k] = zeros();
       }
-      const float factor = kType == KvType::int8 ? scale * cache.key_scales[row + j] : scale;
-      for (int h = 0; h < H; ++h) scores[h][j] = sum_of(sum[h]) * factor;
+      for (int64_t i = 0; i < dim; i += kLanes) {
+        Floats query[H];
+#pragma GCC unroll 4
+        for (int h = 0; h < H; ++h) query[h] = load_floats(q + h * dim + i);
+#pragma GCC unroll 4
+        for (int k = 0; k < kKeysTogether; ++k) {
+          const Floats key = load_kv<kType>(cache.keys, at[k] + i);
+#pragma GCC unroll 4
+          for (int h = 0; h < H; ++h) sum[h][k] = fma(query[h], key, sum[h][k]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int h = 0; h < H; ++h) sums_of(sum[h], scores[h] + j);
+    }
+    for (int h = 0; h < H; ++h) {
+      for (int j = 0; j < count; ++j) scores[h][j] *= kType == KvType::int8 ? scale * cache.key_scales[row + j] : scale;
     }
     float earlier[H];
     for (int h = 0; h < H; ++h) {
@@ -124,16 +167,11 @@ void attention_heads(const KvCache& cache, int64_t kv_head, const float* q, int6
         for (int j = 0; j < count; ++j) scores[h][j] *= cache.value_scales[row + j];
       }
     }
-    for (int64_t i = 0; i < dim; i += kLanes) {
-      Floats sum[H];
-      for (int h = 0; h < H; ++h) sum[h] = multiply(load_floats(out + h * dim + i), all(earlier[h]));
-      for (int j = 0; j < count; ++j) {
-        const Floats value = load_kv<kType>(cache.values, (row + j) * dim + i);
-#pragma GCC unroll 4
-        for (int h = 0; h < H; ++h) sum[h] = fma(all(scores[h][j]), value, sum[h]);
-      }
-      for (int h = 0; h < H; ++h) store_some(out + h * dim + i, sum[h], kLanes);
+    int64_t i = 0;
+    for (; i + kValuesTogether * kLanes <= dim; i += kValuesTogether * kLanes) {
+      add_values<kType, H, kValuesTogether>(cache, row, count, i, scores, earlier, out);
     }
+    for (; i < dim; i += kLanes) add_values<kType, H, 1>(cache, row, count, i, scores, earlier, out);
   }
   if (last <= first) return;
   for (int h = 0; h < H; ++h) {
@@ -154,16 +192,58 @@ void attention_of(const KvCache& cache, int64_t kv_head, const float* q, int64_t
   }
   q += head * dim;
   out += head * dim;
-  if (group - head == 3) attention_heads<kType, 3>(cache, kv_head, q, first, last, scale, out);
-  if (group - head == 2) attention_heads<kType, 2>(cache, kv_head, q, first, last, scale, out);
+  if (kGroupHeads > 3 && group - head == 3) attention_heads<kType, 3>(cache, kv_head, q, first, last, scale, out);
+  if (kGroupHeads > 2 && group - head == 2) attention_heads<kType, 2>(cache, kv_head, q, first, last, scale, out);
   if (group - head == 1) attention_heads<kType, 1>(cache, kv_head, q, first, last, scale, out);
 }
 
 void attention(const KvCache& cache, int64_t kv_head, const float* q, int64_t group, int64_t first, int64_t last, float scale,
                float* out) {
   if (cache.head_dim % kLanes != 0) return kScalarFloats.attention(cache, kv_head, q, group, first, last, scale, out);
+  if (cache.type == KvType::f32) return attention_of<KvType::f32>(cache, kv_head, q, group, first, last, scale, out);
   if (cache.type == KvType::f16) return attention_of<KvType::f16>(cache, kv_head, q, group, first, last, scale, out);
   attention_of<KvType::int8>(cache, kv_head, q, group, first, last, scale, out);
+}
+
+// x / (1 + e^-inner)
+WF_INLINE Floats gated(Floats x, Floats inner) { return divide(x, add(all(1.0F), exponential(subtract(zeros(), inner)))); }
+
+template <typename Function>
+WF_INLINE void activate_by(float* gate, const float* up, int64_t count, Function function) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    store_some(gate + i, multiply(function(load_some(gate + i, count - i)), load_some(up + i, count - i)), count - i);
+  }
+}
+
+void activate(Activation kind, float* gate, const float* up, int64_t count) {
+  switch (kind) {
+    case Activation::silu:
+      return activate_by(gate, up, count, [](Floats x) { return gated(x, x); });
+    case Activation::relu2:
+      return activate_by(gate, up, count, [](Floats x) {
+        const Floats positive = larger(zeros(), x);
+        return multiply(positive, positive);
+      });
+    case Activation::gelu_tanh:
+      return activate_by(gate, up, count, [](Floats x) {
+        return gated(x, multiply(all(kGeluInner), fma(multiply(all(kGeluCubic), x), multiply(x, x), x)));
+      });
+  }
+}
+
+float dot(const float* a, const float* b, int64_t count) {
+  Floats sums[4] = {zeros(), zeros(), zeros(), zeros()};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sums[j] = fma(load_floats(a + i + j * kLanes), load_floats(b + i + j * kLanes), sums[j]);
+  }
+  for (; i < count; i += kLanes) sums[0] = fma(load_some(a + i, count - i), load_some(b + i, count - i), sums[0]);
+  return sum_of(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+}
+
+void accumulate(float* y, const float* x, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) store_some(y + i, add(load_some(y + i, count - i), load_some(x + i, count - i)), count - i);
 }
 
 }  // namespace

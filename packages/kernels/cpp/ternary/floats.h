@@ -6,6 +6,11 @@
 
 namespace wf {
 
+enum class Activation : int { silu, relu2, gelu_tanh };
+
+// 0.5 x (1 + tanh(u)) = x / (1 + e^(-2u)) with u = sqrt(2 / pi) (x + 0.044715 x³); this is 2u.
+constexpr float kGeluInner = 1.5957691216057308F, kGeluCubic = 0.044715F;
+
 // One instruction set's kernels. They agree with the scalar ones up to the order of float32 sums.
 struct FloatKernels {
   // y[token * y_stride + row] of the rows of panels [begin, end).
@@ -23,6 +28,14 @@ struct FloatKernels {
   // a window before it (sliding), or ends with its block (bidirectional within one). An empty range gives zeros.
   void (*attention)(const KvCache& cache, int64_t kv_head, const float* q, int64_t group, int64_t first, int64_t last, float scale,
                     float* out);
+
+  // gate = activation(gate) · up
+  void (*activate)(Activation kind, float* gate, const float* up, int64_t count);
+
+  float (*dot)(const float* a, const float* b, int64_t count);
+
+  // y += x
+  void (*accumulate)(float* y, const float* x, int64_t count);
 };
 
 // The kernels that go with an instruction set that is available; the scalar ones where it has none of its own.

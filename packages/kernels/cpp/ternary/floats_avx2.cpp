@@ -7,6 +7,6 @@
 
 namespace wf {
 
-const FloatKernels kAvx2Floats{matmul_blocks, rms_norm, rope, attention};
+const FloatKernels kAvx2Floats{matmul_blocks, rms_norm, rope, attention, activate, dot, accumulate};
 
 }  // namespace wf

@@ -7,6 +7,6 @@
 
 namespace wf {
 
-const FloatKernels kAvx512Floats{matmul_blocks, rms_norm, rope, attention};
+const FloatKernels kAvx512Floats{matmul_blocks, rms_norm, rope, attention, activate, dot, accumulate};
 
 }  // namespace wf

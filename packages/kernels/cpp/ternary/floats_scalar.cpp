@@ -50,6 +50,7 @@ void rope(float* x, const float* cos, const float* sin, int64_t heads, int64_t h
 
 double element(const KvCache& cache, const void* of, const float* scales, int64_t row, int64_t i) {
   const int64_t at = row * cache.head_dim + i;
+  if (cache.type == KvType::f32) return static_cast<double>(static_cast<const float*>(of)[at]);
   if (cache.type == KvType::f16) return static_cast<double>(half_to_float(static_cast<const uint16_t*>(of)[at]));
   return static_cast<double>(static_cast<const int8_t*>(of)[at]) * static_cast<double>(scales[row]);
 }
@@ -80,8 +81,30 @@ void attention(const KvCache& cache, int64_t kv_head, const float* q, int64_t gr
   }
 }
 
+void activate(Activation kind, float* gate, const float* up, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float x = gate[i];
+    if (kind == Activation::relu2) {
+      gate[i] = (x < 0.0F ? 0.0F : x) * (x < 0.0F ? 0.0F : x) * up[i];
+    } else {
+      const float inner = kind == Activation::silu ? x : kGeluInner * (x + kGeluCubic * x * x * x);
+      gate[i] = x / (1.0F + std::exp(-inner)) * up[i];
+    }
+  }
+}
+
+float dot(const float* a, const float* b, int64_t count) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  return static_cast<float>(sum);
+}
+
+void accumulate(float* y, const float* x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) y[i] += x[i];
+}
+
 }  // namespace
 
-const FloatKernels kScalarFloats{matmul_blocks, rms_norm, rope, attention};
+const FloatKernels kScalarFloats{matmul_blocks, rms_norm, rope, attention, activate, dot, accumulate};
 
 }  // namespace wf

@@ -10,6 +10,10 @@ namespace wf {
 namespace {
 
 void store(const KvCache& cache, int64_t row, void* into, float* scales, const float* x) {
+  if (cache.type == KvType::f32) {
+    std::copy_n(x, cache.head_dim, static_cast<float*>(into) + row * cache.head_dim);
+    return;
+  }
   if (cache.type == KvType::f16) {
     std::transform(x, x + cache.head_dim, static_cast<uint16_t*>(into) + row * cache.head_dim, float_to_half);
     return;

@@ -39,8 +39,14 @@ WF_INLINE Floats subtract(Floats a, Floats b) { return vsubq_f32(a, b); }
 WF_INLINE Floats multiply(Floats a, Floats b) { return vmulq_f32(a, b); }
 WF_INLINE Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
 WF_INLINE Floats larger(Floats a, Floats b) { return vmaxq_f32(a, b); }
+WF_INLINE Floats smaller(Floats a, Floats b) { return vminq_f32(a, b); }
+WF_INLINE Floats divide(Floats a, Floats b) { return vdivq_f32(a, b); }
 WF_INLINE float largest_of(Floats value) { return vmaxvq_f32(value); }
 WF_INLINE float sum_of(Floats value) { return vaddvq_f32(value); }
+// The sums of four registers, to `out`.
+WF_INLINE void sums_of(const Floats (&of)[4], float* out) {
+  vst1q_f32(out, vpaddq_f32(vpaddq_f32(of[0], of[1]), vpaddq_f32(of[2], of[3])));
+}
 WF_INLINE Ints to_ints(Floats value) { return vcvtnq_s32_f32(value); }
 WF_INLINE Floats times_power_of_two(Floats value, Ints power) {
   return vmulq_f32(value, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(power, vdupq_n_s32(127)), 23)));

@@ -26,6 +26,8 @@ WF_INLINE Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 WF_INLINE Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 WF_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 WF_INLINE Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+WF_INLINE Floats smaller(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+WF_INLINE Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
 WF_INLINE float largest_of(Floats value) {
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
@@ -40,6 +42,11 @@ WF_INLINE float sum_of(Floats value) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+// The sums of four registers, to `out`.
+WF_INLINE void sums_of(const Floats (&of)[4], float* out) {
+  const __m256 all_four = _mm256_hadd_ps(_mm256_hadd_ps(of[0], of[1]), _mm256_hadd_ps(of[2], of[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all_four), _mm256_extractf128_ps(all_four, 1)));
 }
 
 WF_INLINE Ints widen_signed(const void* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))); }

@@ -24,6 +24,8 @@ WF_INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 WF_INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 WF_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 WF_INLINE Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+WF_INLINE Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+WF_INLINE Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 WF_INLINE float largest_of(Floats value) { return _mm512_reduce_max_ps(value); }
 WF_INLINE Ints to_ints(Floats value) { return _mm512_cvtps_epi32(value); }
 WF_INLINE Floats times_power_of_two(Floats value, Ints power) {
@@ -31,6 +33,14 @@ WF_INLINE Floats times_power_of_two(Floats value, Ints power) {
   return _mm512_mul_ps(value, _mm512_castsi512_ps(factor));
 }
 WF_INLINE float sum_of(Floats value) { return _mm512_reduce_add_ps(value); }
+// The sums of four registers, to `out`.
+WF_INLINE void sums_of(const Floats (&of)[4], float* out) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(of[0], of[1]), _mm512_unpackhi_ps(of[0], of[1]));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(of[2], of[3]), _mm512_unpackhi_ps(of[2], of[3]));
+  const __m512 all_four = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all_four), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all_four), 1)));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 
 WF_INLINE Ints widen_signed(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
 WF_INLINE Ints widen_unsigned(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }

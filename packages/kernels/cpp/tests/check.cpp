@@ -235,6 +235,21 @@ void decoder(const wf::FloatKernels& isa) {
     isa.rms_norm(x.data(), weight.data(), columns, 1e-5F, got.data());
     wf::kScalarFloats.rms_norm(x.data(), weight.data(), columns, 1e-5F, expected.data());
     near(got, expected, 1e-6F, "rms_norm");
+    for (const auto kind : {wf::Activation::silu, wf::Activation::relu2, wf::Activation::gelu_tanh}) {
+      got = x;
+      got.push_back(1.0F);  // so that tolerance has a measure where all others are almost zero
+      for (size_t i = 0; i < x.size(); i += 5) got[i] = x[i] * 40.0F;  // where exponentials end
+      expected = got;
+      isa.activate(kind, got.data(), weight.data(), columns);
+      wf::kScalarFloats.activate(kind, expected.data(), weight.data(), columns);
+      near(got, expected, 2e-6F, "activation " + std::to_string(static_cast<int>(kind)));
+    }
+    const float product = isa.dot(x.data(), weight.data(), columns), other = wf::kScalarFloats.dot(x.data(), weight.data(), columns);
+    if (!(std::fabs(product - other) <= 1e-6F * static_cast<float>(columns))) fail("dot");
+    got = expected = x;
+    isa.accumulate(got.data(), weight.data(), columns);
+    wf::kScalarFloats.accumulate(expected.data(), weight.data(), columns);
+    near(got, expected, 0.0F, "accumulate");
     if (columns < 2) continue;
     got = expected = x;
     const std::vector<float> cos = normal(columns / 2), sin = normal(columns / 2);
@@ -243,10 +258,10 @@ void decoder(const wf::FloatKernels& isa) {
     near(got, expected, 1e-6F, "rope");
   }
   for (const int64_t dim : {4, 20, 64}) {
-    for (const auto type : {wf::KvType::f16, wf::KvType::int8}) {
+    for (const auto type : {wf::KvType::f32, wf::KvType::f16, wf::KvType::int8}) {
       constexpr int64_t kPositions = 131, kHeads = 2, kQueries = 7;
       const size_t elements = static_cast<size_t>(kHeads * kPositions * dim);
-      std::vector<uint16_t> keys(elements), values(elements);
+      std::vector<float> keys(elements), values(elements);  // room for the widest type
       std::vector<float> key_scales(kHeads * kPositions), value_scales(kHeads * kPositions);
       const wf::KvCache cache{type, kHeads, kPositions, dim, keys.data(), values.data(), key_scales.data(), value_scales.data()};
       for (int64_t position = 0; position < kPositions; ++position) {

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from bitnet_kernels import _native, isa
 from bitnet_kernels._arrays import activations, array, check_size, contiguous
 
-KV_TYPES = ("f16", "int8")
-"""What a `KvCache` keeps: half precision, or 8 bits with a scale for each head's vector."""
+KV_TYPES = ("f32", "f16", "int8")
+"""What a `KvCache` keeps: single or half precision, or 8 bits with a scale for each head's vector."""
 
 
 def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], epsilon: float) -> NDArray[np.float32]:
