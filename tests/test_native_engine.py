@@ -587,7 +587,7 @@ def test_a_tensor_that_lacks_or_is_too_many_is_named(tmp_path):
         ("attention.key_length", 2**31, "key_length is no whole number"),
         ("block_count", 3, "no tensor blk.2."),
         ("block_count", 10**6, "block_count is no whole number"),
-        ("embedding_length", 255, "another shape"),
+        ("embedding_length", 255, "do not fill its width"),
         ("feed_forward_length", 0, "feed_forward_length is no whole number"),
         ("rope.freq_base", -1.0, "not above 0"),
         ("rope.freq_base", float("nan"), "is no finite number"),

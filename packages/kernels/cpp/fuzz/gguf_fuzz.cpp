@@ -1,31 +1,134 @@
-// A libFuzzer target: whatever bytes are read as a GGUF file, nothing crashes, overflows or reads beyond them, in the reader, in the
-// loader of models, and in a step of what it lets through. See fuzz.sh.
+// A libFuzzer target over the C API: whatever bytes are opened as a GGUF file and whatever is asked of the engine, nothing crashes,
+// overflows, or reads beyond its bytes, and what fails leaves the slots as they were. See fuzz.sh.
+//
+// The last kTrailer bytes of an input are no part of the file: they choose the options and the calls.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
 #include <vector>
 
-#include "runtime/decoder.h"
-#include "runtime/gguf.h"
-#include "runtime/model.h"
-#include "runtime/numbers.h"
+#include "capi/wf_engine.h"
+
+namespace {
+
+constexpr size_t kTrailer = 24;
+constexpr int64_t kMostNumbers = 1 << 20;  // of results
+
+void demand(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "does not hold: %s (%s)\n", what, wf_error_text());
+  std::abort();
+}
+
+// A call's outcome: success, or a refusal that has one sentence.
+bool good(wf_status status) {
+  demand(status != WF_INTERNAL, "no call fails for a reason that nobody knows");
+  if (status == WF_OK) return true;
+  const std::string text = wf_error_text();
+  demand(!text.empty() && text.find('\n') == std::string::npos, "an error is one sentence");
+  return false;
+}
+
+class Caller {
+ public:
+  Caller(wf_engine* engine, const uint8_t* choices, size_t count) : engine_(engine), choices_(choices), count_(count) {
+    demand(wf_about(engine, &info_) == WF_OK, "an engine can be asked about itself");
+    expected_.resize(static_cast<size_t>(info_.slots));
+  }
+
+  void run() {
+    while (count_ > 0) {
+      switch (next() % 8) {
+        case 0:
+          cut();
+          break;
+        case 1:
+          copy();
+          break;
+        case 2:
+          wf_cancel(engine_);
+          cancelled_ = true;
+          break;
+        default:
+          step();
+      }
+      for (int64_t slot = 0; slot < info_.slots; ++slot) {
+        int64_t length = -1;
+        demand(wf_length(engine_, slot, &length) == WF_OK && length == expected_[static_cast<size_t>(slot)], "slots are as the calls left them");
+      }
+    }
+  }
+
+ private:
+  int64_t next() { return count_ > 0 ? (--count_, *choices_++) : 0; }
+  int64_t slot() { return next() % (info_.slots + 1); }  // one too many: there is no such slot
+
+  void cut() {
+    const int64_t at = slot(), length = next() % 4;
+    if (good(wf_truncate(engine_, at, length))) expected_[static_cast<size_t>(at)] = length;
+  }
+
+  void copy() {
+    const int64_t from = slot(), to = slot(), length = next() % 4;
+    if (good(wf_copy(engine_, from, to, length))) expected_[static_cast<size_t>(to)] = length;
+  }
+
+  void step() {
+    const int64_t how = next(), rows = how % 4 == 3 ? 2 : how % 4;
+    const int32_t tokens[] = {0, static_cast<int32_t>(info_.vocabulary - 1), static_cast<int32_t>(next()), 1, 2, 3, 4, 5};
+    std::vector<wf_sequence> sequences;
+    int64_t results = 0;
+    for (int64_t i = 0; i < 1 + how / 4 % 3; ++i) {
+      const int64_t shape = next();
+      sequences.push_back({shape % (info_.slots + 1), tokens + shape / 64, 1 + shape / 8 % 5, static_cast<int32_t>(shape / 128)});
+      results += rows == WF_ROWS_ALL ? sequences.back().count : rows;
+    }
+    if (results * (info_.vocabulary + info_.width) > kMostNumbers) return;
+    std::vector<float> logits(static_cast<size_t>(results * info_.vocabulary)), hidden(static_cast<size_t>(results * info_.width));
+    float* states = how % 4 == 3 ? hidden.data() : nullptr;
+    const wf_status status = wf_step(engine_, sequences.data(), static_cast<int64_t>(sequences.size()), static_cast<int32_t>(rows), logits.data(), states);
+    demand(status != WF_CANCELLED || cancelled_, "nothing is cancelled that nobody cancelled");
+    if (status == WF_OK || status == WF_CANCELLED || status == WF_NOT_FINITE) cancelled_ = false;
+    if (!good(status)) return;
+    for (const wf_sequence& sequence : sequences) expected_[static_cast<size_t>(sequence.slot)] += sequence.count;
+    if (results > 0) {
+      const wf_sampler sampler{static_cast<float>(how) / 100, how % 7, 0.9F, 3};
+      int64_t token = -1;
+      demand(wf_sample(logits.data(), info_.vocabulary, &sampler, 1, &token) == WF_OK && token >= 0 && token < info_.vocabulary,
+             "a token can be drawn from logits");
+    }
+  }
+
+  wf_engine* engine_;
+  const uint8_t* choices_;
+  size_t count_;
+  wf_info info_{};
+  std::vector<int64_t> expected_;  // lengths
+  bool cancelled_ = false;
+};
+
+}  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  const auto file = wf::Gguf::parse(std::as_bytes(std::span(data, size)));
-  if (!file) return 0;
-  for (const auto& [name, tensor] : file->tensors()) {
-    std::vector<float> row(static_cast<size_t>(tensor.columns()));
-    wf::float_row(tensor, 0, row.data());
-    wf::float_row(tensor, tensor.rows() - 1, row.data());
+  if (size < kTrailer) return -1;
+  size -= kTrailer;
+  const uint8_t* choices = data + size;
+  static const int file = memfd_create("fuzz", 0);
+  static const std::string path = "/proc/self/fd/" + std::to_string(file);
+  demand(ftruncate(file, 0) == 0 && pwrite(file, data, size, 0) == static_cast<ssize_t>(size), "the input can be written");
+  const wf_options options{choices[0] % 5, choices[1] % 12, choices[2] % 4, "scalar"};
+  wf_engine* engine = nullptr;
+  if (good(wf_open(path.c_str(), &options, &engine))) {
+    Caller(engine, choices + 3, kTrailer - 3).run();
+  } else {
+    demand(engine == nullptr, "what cannot be opened gives no engine");
   }
-  const auto model = wf::load_model(*file);
-  if (!model) return 0;
-  wf::DecoderOptions options;
-  options.context = 2;
-  const auto decoder = wf::Decoder::create(*model, options);
-  if (!decoder) return 0;
-  const std::vector<int32_t> tokens = {0, static_cast<int32_t>((*model)->vocabulary - 1)};
-  std::vector<float> logits(2 * static_cast<size_t>((*model)->vocabulary));
-  const wf::Sequence sequence{0, tokens};
-  (void)(*decoder)->step({&sequence, 1}, wf::Rows::all, logits.data());
+  wf_close(engine);
   return 0;
 }

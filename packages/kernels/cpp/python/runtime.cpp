@@ -13,6 +13,7 @@
 
 #include "capi/wf_engine.h"
 #include "runtime/gguf.h"
+#include "runtime/keys.h"
 #include "runtime/numbers.h"
 #include "ternary/memory.h"
 
@@ -218,4 +219,9 @@ void bind_runtime(nb::module_& m) {
       .def("cancel", &Engine::cancel)
       .def("statistics", &Engine::statistics);
   m.def("sample", &sample);
+  m.def("uncomputed_keys", [] {
+    nb::dict found;
+    for (const auto& [key, harmless] : wf::uncomputed_keys()) found[key] = nb::tuple(nb::cast(harmless));
+    return found;
+  });
 }

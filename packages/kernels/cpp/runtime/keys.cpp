@@ -5,6 +5,54 @@
 #include <limits>
 
 namespace wf {
+namespace {
+
+const std::vector<UncomputedKey> kUncomputed = {
+    {"attention.causal", {1}},
+    {"attention.clamp_kqv", {0}},
+    {"attention.max_alibi_bias", {0}},
+    {"attention.temperature_length", {0}},
+    {"attention.temperature_scale", {0}},
+    {"attn_logit_softcapping", {0}},
+    {"expert_count", {0}},
+    {"expert_used_count", {0}},
+    {"final_logit_softcapping", {0}},
+    {"logit_scale", {0, 1}},
+    {"residual_scale", {0, 1}},
+    {"rope.dimension_sections", {}},
+    {"rope.scale_linear", {0, 1}},
+    {"rope.scaling.alpha", {0, 1}},
+    {"rope.scaling.attn_factor", {1}},
+    {"rope.scaling.yarn_attn_factor", {1}},
+    {"rope.scaling.yarn_ext_factor", {0}},
+    {"rope.scaling.yarn_log_multiplier", {0}},
+    {"use_parallel_residual", {0}},
+};
+
+// A number or a flag as a number.
+std::optional<double> number_of(const Value& value) {
+  if (const auto* whole = std::get_if<int64_t>(&value)) return static_cast<double>(*whole);
+  if (const auto* whole = std::get_if<uint64_t>(&value)) return static_cast<double>(*whole);
+  if (const auto* real = std::get_if<double>(&value)) return *real;
+  if (const auto* flag = std::get_if<bool>(&value)) return *flag ? 1.0 : 0.0;
+  return {};
+}
+
+}  // namespace
+
+std::span<const UncomputedKey> uncomputed_keys() { return kUncomputed; }
+
+void Keys::refuse_uncomputed() {
+  for (const auto& [key, harmless] : kUncomputed) {
+    const Value* value = find(key);
+    if (value == nullptr) continue;
+    const auto number = number_of(*value);
+    if (!number || std::find(harmless.begin(), harmless.end(), *number) == harmless.end()) {
+      fail_key(key, "asks for what no model here computes");
+      return;
+    }
+  }
+}
 
 int64_t Keys::integer(const char* key, int64_t least, int64_t most, std::optional<int64_t> otherwise) {
   const Value* value = find(key);

@@ -1,7 +1,9 @@
 #include "runtime/model.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
+#include <cstdlib>
 #include <map>
 #include <set>
 
@@ -108,6 +110,7 @@ class Loader {
     Model& m = model_;
     m.family = ours() ? keys_.choice("family", {"bitnet", "gemma3_text", "llama", "qwen2", "qwen3"}, "llama")
                       : kFamilies.find(m.architecture)->second;
+    keys_.refuse_uncomputed();
     const auto layers = keys_.integer("block_count", 1, static_cast<int64_t>(file_.tensors().size()));
     m.width = keys_.integer("embedding_length", 1, kMost);
     m.heads = keys_.integer("attention.head_count", 1, kMost);
@@ -125,6 +128,9 @@ class Loader {
       if (keys_.integer(key, 1, kMost, m.head_width) != m.head_width) {
         keys_.fail("its heads have keys, values and rotary positions of different widths");
       }
+    }
+    if ((bitnet() || m.family == "qwen2") && m.heads * m.head_width != m.width) {
+      keys_.fail("its heads do not fill its width, as those of the family " + m.family + " do");
     }
     m.neighbour_rope = m.architecture == "llama";
     read_arithmetic(layers);
@@ -144,15 +150,16 @@ class Loader {
       m.embedding_scale = static_cast<float>(root);
       if (!ours() && layers == kGemma27bLayers) scale = 1 / std::sqrt(static_cast<double>(m.width / m.heads));
       m.logit_cap = static_cast<float>(keys_.real("logit_softcap", 0.0));
-      if (!(m.logit_cap >= 0)) keys_.fail("the cap of its logits is negative");
+      // Transformers' Gemma 3 computes no cap of attention, whatever its configuration says.
+      if (!(m.logit_cap >= 0) || !(keys_.real("attention.logit_softcap", 0.0) >= 0)) keys_.fail("a cap of its logits is negative");
     } else if (keys_.find("logit_softcap") != nullptr || keys_.find("attention.logit_softcap") != nullptr) {
       keys_.fail("it caps logits, which no model of the family " + m.family + " does");
     }
     const double asked = keys_.real("embedding_scale", gemma() ? root : 1.0);
     if (std::fabs(asked / (gemma() ? root : 1.0) - 1) > 1e-6) keys_.fail("it scales its embeddings otherwise than its family does");
-    const double attention = ours() ? keys_.real("attention.scale", scale) : scale;
+    const double attention = keys_.real("attention.scale", scale);
     if (!(attention > 1e-6 && attention < 1e3)) keys_.fail("it scales attention by " + std::to_string(attention));
-    if (!gemma() && std::fabs(attention / scale - 1) > 1e-6) keys_.fail("it scales attention otherwise than its family does");
+    if (!(gemma() && ours()) && std::fabs(attention / scale - 1) > 1e-6) keys_.fail("it scales attention otherwise than its family does");
     m.attention_scale = static_cast<float>(attention);
   }
 
@@ -160,21 +167,54 @@ class Loader {
     norms_ = keys_.choice("norm_placement", {"none", "subln", "bitlinear", "allnorm"}, "none");
     if (bitnet() && norms_ == "subln") norms_ = "none";  // its own norms, not added ones
     rotation_ = keys_.flag("rotation", false);
-    lrc_ = keys_.find("lrc.rank") != nullptr;
+    granularity_ = keys_.choice("scale_granularity", {"tensor", "row", "group128"}, "tensor");
+    read_rank();
+    keys_.expect("attention.qk_norm", model_.family == "qwen3" || gemma());
+    keys_.expect("attention.bias", model_.family == "qwen2" || tensors_.has("blk.0.attn_output.bias"));
+    keys_.expect("post_norms", gemma());
     if (keys_.integer("activation_bits", 1, 64, 8) != 8) keys_.fail("its activations have not 8 bits");
     if (keys_.find("diffusion.mask_token_id") != nullptr) {
       model_.diffusion.mask_token = keys_.integer("diffusion.mask_token_id", 0, kMost);
       model_.diffusion.block_size = keys_.integer("diffusion.block_size", 0, kMost, 0);
+      if (keys_.find("diffusion.token_shift") == nullptr) keys_.fail_key("diffusion.token_shift", "is missing");
       model_.diffusion.token_shift = keys_.flag("diffusion.token_shift", false);
+    } else if (keys_.find("diffusion.block_size") != nullptr || keys_.find("diffusion.token_shift") != nullptr) {
+      keys_.fail_key("diffusion.mask_token_id", "is missing");
     }
+  }
+
+  // The rank of the low-rank correction: a whole number, or a share of each matrix's smaller side; 0: there is none.
+  void read_rank() {
+    const Value* value = keys_.find("lrc.rank");
+    if (value == nullptr) return;
+    if (!std::holds_alternative<double>(*value)) {
+      rank_ = keys_.integer("lrc.rank", 0, kMost);
+      return;
+    }
+    // The decimal number that was written, of which the file has the nearest of 32 bits.
+    char text[64] = {};
+    std::to_chars(text, text + sizeof text - 1, static_cast<float>(keys_.real("lrc.rank")));
+    share_ = std::strtod(text, nullptr);
+    if (!(share_ > 0 && share_ < 1)) keys_.fail_key("lrc.rank", "is neither a rank nor a share between 0 and 1");
+  }
+
+  int64_t rank_of(int64_t rows, int64_t columns) const {
+    const int64_t smaller = std::min(rows, columns);
+    // Halves are rounded to even, as Python does it.
+    return share_ > 0 ? std::max<int64_t>(1, static_cast<int64_t>(std::nearbyint(share_ * static_cast<double>(smaller)))) : rank_;
   }
 
   void read_rope() {
     const double base = keys_.real("rope.freq_base", 10'000.0), local = keys_.real("rope.freq_base_swa", 10'000.0);
     const std::string kind = keys_.choice("rope.scaling.type", {"none", "linear"}, "none");
-    const bool factors = tensors_.has(kFactors) && (ours() || model_.architecture == "llama");
-    const double factor = kind == "linear" && !factors ? keys_.real("rope.scaling.factor") : 1.0;
-    if (!(base > 0 && local > 0 && factor > 0)) keys_.fail("its rotary positions have a base or a factor that is not above 0");
+    const bool factors = tensors_.has(kFactors) && (ours() || model_.architecture == "llama"), linear = kind == "linear";
+    const double factor = linear || keys_.find("rope.scaling.factor") != nullptr ? keys_.real("rope.scaling.factor") : 1.0;
+    if (!linear && factor != 0 && factor != 1) keys_.fail_key("rope.scaling.factor", "is there, but rope.scaling.type is not linear");
+    if (linear && factors) keys_.fail("it scales its rotary positions both by a factor and by " + std::string(kFactors));
+    if (!gemma() && keys_.find("rope.freq_base_swa") != nullptr && local != base) {
+      keys_.fail_key("rope.freq_base_swa", "is for sliding layers, which have the same base in its family");
+    }
+    if (!(base > 0 && local > 0 && (!linear || factor > 0))) keys_.fail("its rotary positions have a base or a factor that is not above 0");
     if (keys_.error()) return;
     const int64_t pairs = model_.head_width / 2;
     const std::vector<float> divisors = factors ? tensors_.floats(kFactors, {pairs}) : std::vector<float>();
@@ -183,7 +223,7 @@ class Loader {
       // In float32, as transformers computes them.
       const float exponent = static_cast<float>(2 * i) / static_cast<float>(model_.head_width);
       const auto frequency = [&](double of) { return 1.0F / static_cast<float>(std::pow(static_cast<float>(of), exponent)); };
-      const float divisor = factors ? divisors[static_cast<size_t>(i)] : static_cast<float>(factor);
+      const float divisor = factors ? divisors[static_cast<size_t>(i)] : linear ? static_cast<float>(factor) : 1.0F;
       model_.frequencies.push_back(frequency(base) / divisor);
       model_.local_frequencies.push_back(gemma() ? frequency(local) : model_.frequencies.back());
       if (!std::isfinite(model_.frequencies.back())) keys_.fail("its rotary positions are scaled by what is no number above 0");
@@ -192,18 +232,27 @@ class Loader {
 
   void read_windows() {
     const int64_t window = keys_.integer("attention.sliding_window", 0, kMost, 0);
-    if (bitnet() || model_.family == "llama" || (window == 0 && !gemma())) return;
-    std::vector<bool> slides;
-    for (size_t i = 0; i < model_.layers.size(); ++i) slides.push_back((static_cast<int64_t>(i) + 1) % kGemmaPattern != 0);
-    if (const Value* value = ours() ? keys_.find("attention.sliding_window_pattern") : nullptr) {
-      const auto* array = std::get_if<Array>(value);
+    const Value* pattern = keys_.find("attention.sliding_window_pattern");
+    const bool may_slide = gemma() || (ours() && !bitnet() && model_.family != "llama");
+    std::vector<bool> slides(model_.layers.size());
+    for (size_t i = 0; gemma() && window > 0 && i < slides.size(); ++i) slides[i] = (static_cast<int64_t>(i) + 1) % kGemmaPattern != 0;
+    if (pattern != nullptr && ours()) {
+      const auto* array = std::get_if<Array>(pattern);
       if (array != nullptr) slides = booleans(*array);
       if (array == nullptr || slides.size() != model_.layers.size()) {
         keys_.fail("its sliding_window_pattern does not say for each layer whether it slides");
         return;
       }
+    } else if (pattern != nullptr) {
+      const auto* number = std::get_if<int64_t>(pattern);
+      if (!gemma() || number == nullptr || *number != kGemmaPattern) keys_.fail_key("attention.sliding_window_pattern", "is not that of its family");
+    } else if (ours() && window > 0 && may_slide && !gemma()) {
+      keys_.fail_key("attention.sliding_window_pattern", "is missing: nothing says which layers slide");
     }
-    if (window == 0 && ours() && std::count(slides.begin(), slides.end(), true) > 0) keys_.fail("it has layers that slide and no window");
+    const bool any = std::count(slides.begin(), slides.end(), true) > 0;
+    if (!may_slide && (any || (window > 0 && window < model_.context))) keys_.fail("it has a sliding window, which its family has not");
+    if (window == 0 && any) keys_.fail("it has layers that slide and no window");
+    if (!may_slide) return;
     for (size_t i = 0; i < model_.layers.size(); ++i) {
       model_.layers[i].window = slides[i] ? window : 0;
       model_.layers[i].local_rope = slides[i] && window > 0;
@@ -219,6 +268,9 @@ class Loader {
       return;
     }
     model_.vocabulary = embedding->shape[0];
+    if (keys_.integer("vocab_size", 1, kMost, model_.vocabulary) != model_.vocabulary) {
+      keys_.fail_key("vocab_size", "is not the number of rows of token_embd.weight");
+    }
     if (model_.diffusion.mask_token >= model_.vocabulary) keys_.fail("its mask token is none of its tokens");
     const std::vector<int64_t> shape = {model_.vocabulary, model_.width};
     const Tensor* table = tensors_.take("token_embd.weight", shape);
@@ -279,6 +331,9 @@ class Loader {
   Linear linear(const std::string& stem, int64_t rows, int64_t columns, Parts parts) {
     Linear made;
     made.matrix = tensors_.matrix(stem, rows, columns);
+    if (ours() && made.matrix != nullptr && made.matrix->view.granularity > granularity()) {
+      keys_.fail_key("scale_granularity", "is " + granularity_ + ", but the scales of " + stem + "weight are finer");
+    }
     if (parts.bias) made.bias = tensors_.floats(stem + "bias", {rows});
     if (parts.norm) {
       made.norm.gain = tensors_.floats(stem + "in_norm.weight", {columns});
@@ -288,17 +343,20 @@ class Loader {
     }
     made.rotated = parts.rotated;
     if (made.rotated && columns % 2 != 0) keys_.fail("it rotates an input of odd width");
-    if (lrc_ && !keys_.error()) read_correction(stem, rows, columns, made);
+    if ((rank_ > 0 || share_ > 0) && !keys_.error()) read_correction(stem, rows, columns, made);
     return made;
   }
 
+  Granularity granularity() const {
+    return granularity_ == "tensor" ? Granularity::tensor : granularity_ == "row" ? Granularity::row : Granularity::group;
+  }
+
   void read_correction(const std::string& stem, int64_t rows, int64_t columns, Linear& made) {
-    const Tensor* u = file_.tensor(stem + "lrc_u");
-    if (u == nullptr || u->shape.size() != 2 || u->columns() > std::min(rows, columns)) {
-      keys_.fail("it has no matrix " + stem + "lrc_u of a rank that " + stem + "weight can have");
+    made.rank = rank_of(rows, columns);
+    if (made.rank > std::min(rows, columns)) {
+      keys_.fail_key("lrc.rank", "is above what " + stem + "weight can have");
       return;
     }
-    made.rank = u->columns();
     made.u = tensors_.floats(stem + "lrc_u", {rows, made.rank});
     const std::vector<float> v = tensors_.floats(stem + "lrc_v", {columns, made.rank});
     if (keys_.error()) return;
@@ -315,8 +373,10 @@ class Loader {
   Tensors tensors_;
   Model model_;
   float epsilon_ = 0;
-  std::string norms_ = "none";
-  bool rotation_ = false, lrc_ = false;
+  std::string norms_ = "none", granularity_ = "tensor";
+  bool rotation_ = false;
+  int64_t rank_ = 0;
+  double share_ = 0;
 };
 
 }  // namespace

@@ -64,8 +64,8 @@ struct Model {
 
 // Builds a model from a file, whose bytes must live as long as it: `mapping` keeps them alive, where they are mapped.
 //
-// Reads what `bitnet_arch.gguf.from_gguf` reads, and computes what the model that it returns computes. A soft cap of attention is
-// not read: transformers' Gemma 3 computes none, whatever its configuration says. Every tensor is needed, and has the shape that the keys ask for.
+// Reads what `bitnet_arch.gguf.from_gguf` reads, and computes what the model that it returns computes. Every tensor is needed, and has
+// the shape that the keys ask for; keys that ask for what is not computed (`uncomputed_keys`) are refused.
 Result<std::shared_ptr<const Model>> load_model(const Gguf& file, std::shared_ptr<const MappedFile> mapping = nullptr);
 Result<std::shared_ptr<const Model>> load_model(const std::string& path);
 

@@ -6,7 +6,7 @@ import struct
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +129,29 @@ def rewritten(file: GgufFile, pick: random.Random) -> bytes:
         else:
             info[2] = pick.choice((0, 1, 8, 14, 30, 34, 35, 36, 42, info[2]))
             info[3] = pick.choice((0, info[3], 32 * pick.randrange(99)))
+    return _header(keys, infos) + file.data[file.tensors_start :].tobytes()
+
+
+def assemble(keys: Mapping[str, Any], tensors: Sequence[tuple[str, Sequence[int], int, bytes]]) -> bytes:
+    """Return a file of these keys (integers and floats of 64 bits) and tensors, whatever they say.
+
+    Args:
+        keys: metadata.
+        tensors: name, row-major shape, ggml's number of the type, and bytes of each.
+    """
+    infos, data = [], b""
+    for name, shape, ggml_id, values in tensors:
+        infos.append([name, list(shape), ggml_id, len(data)])
+        data += values + bytes(-len(values) % 32)
+    return _header(keys, infos) + data
+
+
+def _header(keys: Mapping[str, Any], infos: Sequence[list[Any]]) -> bytes:
     header = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(keys))
     header += b"".join(_text(key) + _value(value) for key, value in keys.items())
     for name, shape, ggml_id, offset in infos:
         header += _text(str(name)) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], ggml_id, offset)
-    return header + bytes(-len(header) % 32) + file.data[file.tensors_start :].tobytes()
+    return header + bytes(-len(header) % 32)
 
 
 _NUMBERS = (0, 1, 2, 3, 7, 64, 128, 2**31, -1, 0.0, 1e-30, 1e30, float("nan"), float("inf"), True, False)
