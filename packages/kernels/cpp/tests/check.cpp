@@ -14,6 +14,10 @@
 
 #include "ternary/floats.h"
 #include "ternary/formats.h"
+#include "ternary/half.h"
+#include "ternary/low_rank.h"
+#include "ternary/pool.h"
+#include "ternary/product.h"
 #include "ternary/ternary.h"
 
 namespace {
@@ -278,6 +282,77 @@ void decoder(const wf::FloatKernels& isa) {
   }
 }
 
+// A correction against sums in double precision, and the same bits as the scalar set's; y has exactly the rows.
+void low_rank(const wf::Kernels& isa) {
+  for (const auto type : {wf::AdapterType::f16, wf::AdapterType::i8}) {
+    for (const auto& [rows, columns, rank, tokens] :
+         {std::array<int64_t, 4>{1, 1, 1, 1}, {17, 5, 3, 3}, {33, 131, 20, 5}, {64, 48, 16, 9}}) {
+      const auto count = static_cast<size_t>((rows + columns) * rank);
+      std::vector<uint16_t> halves(count);
+      std::vector<int8_t> bytes(count);
+      // Half-precision numbers of every size from the subnormal on: sign, exponent up to 2^0, fraction.
+      for (auto& half : halves) half = static_cast<uint16_t>(uniform(0, 1) << 15 | uniform(0, 15) << 10 | uniform(0, 1023));
+      for (auto& byte : bytes) byte = static_cast<int8_t>(uniform(-127, 127));
+      const bool small = type == wf::AdapterType::i8;
+      const std::vector<float> u_scales = normal(rank), v_scales = normal(rank), x = normal(tokens * columns);
+      const auto number = [&](int64_t i) { return small ? static_cast<double>(bytes[i]) : static_cast<double>(wf::half_to_float(halves[i])); };
+      const wf::LowRank adapters(type, small ? static_cast<const void*>(bytes.data()) : halves.data(),
+                                 small ? static_cast<const void*>(bytes.data() + rows * rank) : halves.data() + rows * rank,
+                                 small ? u_scales.data() : nullptr, small ? v_scales.data() : nullptr, rows, columns, rank);
+      const std::vector<float> before = normal(tokens * rows);
+      std::vector<float> got = before, scalar = before;
+      wf::add_low_rank(isa, adapters, x.data(), tokens, got.data());
+      wf::add_low_rank(wf::kScalar, adapters, x.data(), tokens, scalar.data());
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t row = 0; row < rows; ++row) {
+          double sum = before[t * rows + row], size = std::fabs(sum);
+          for (int64_t i = 0; i < rank; ++i) {
+            double inner = 0, inner_size = 0;
+            for (int64_t c = 0; c < columns; ++c) {
+              const double term = number((rows + c) * rank + i) * static_cast<double>(x[t * columns + c]);
+              inner += term;
+              inner_size += std::fabs(term);
+            }
+            const double scale = small ? static_cast<double>(u_scales[i] * v_scales[i]) : 1.0;
+            sum += number(row * rank + i) * scale * inner;
+            size += std::fabs(number(row * rank + i) * scale) * inner_size;
+          }
+          const float value = got[t * rows + row];
+          if (!(std::fabs(value - sum) <= 1e-5 * size)) fail("a low-rank correction of type " + std::to_string(static_cast<int>(type)));
+          if (value != scalar[t * rows + row]) fail("a low-rank correction, against the scalar set's");
+        }
+      }
+    }
+  }
+}
+
+// Products through the pool are those of one thread, whatever the number of threads: some sizes stay on the caller's, some do not.
+void threads(const wf::Kernels& isa) {
+  for (const auto& [rows, columns, tokens] : {std::array<int64_t, 3>{16, 64, 1}, {2100, 1000, 1}, {2003, 1000, 3}}) {
+    auto owned = std::make_shared<wf::OwnedMatrix>();
+    owned->view = {nullptr, nullptr, rows, columns, Granularity::row};
+    owned->codes = wf::allocate<uint8_t>(owned->view.bytes());
+    owned->scales = wf::allocate<float>(rows);
+    if (!wf::pack(random_codes(rows * columns).data(), rows, columns, owned->codes.get())) fail("pack refuses ternary codes");
+    for (int64_t i = 0; i < rows; ++i) owned->scales[i] = static_cast<float>(uniform(1, 1000)) * 1e-3F;
+    owned->view.codes = owned->codes.get();
+    owned->view.scales = owned->scales.get();
+    const std::vector<float> x = normal(tokens * columns);
+    std::vector<float> alone(static_cast<size_t>(tokens * rows));
+    wf::set_threads(1);
+    wf::multiply(isa, {owned}, x.data(), tokens, {alone.data()});
+    for (const int count : {2, 4}) {
+      wf::set_threads(count);
+      for (int round = 0; round < 20; ++round) {
+        std::vector<float> first(alone.size(), -1.0F), second(alone.size(), -1.0F);
+        wf::multiply(isa, {owned, owned}, x.data(), tokens, {first.data(), second.data()});
+        if (first != alone || second != alone) fail("products of " + std::to_string(count) + " threads");
+      }
+    }
+  }
+  wf::set_threads(1);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -296,6 +371,8 @@ int main(int argc, char** argv) {
     not_finite(*isa);
     blocks(wf::float_kernels(isa->isa));
     decoder(wf::float_kernels(isa->isa));
+    low_rank(*isa);
+    threads(*isa);
   }
   std::printf("%s\n", names.c_str());
   if (argc > 1 && names != argv[1]) fail("expected the instruction sets " + std::string(argv[1]));
