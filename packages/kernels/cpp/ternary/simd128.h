@@ -57,19 +57,7 @@ WF_INLINE Ints widen_signed(const void* p) {
   std::memcpy(&four, p, 4);
   return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))));
 }
-WF_INLINE Ints widen_unsigned(const void* p) {
-  uint32_t four;
-  std::memcpy(&four, p, 4);
-  return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four))))));
-}
 WF_INLINE Floats to_floats(Ints value) { return vcvtq_f32_s32(value); }
-WF_INLINE Ints low_nibble(Ints value) { return vandq_s32(value, vdupq_n_s32(15)); }
-// Of values that are not negative.
-WF_INLINE Ints right(Ints value, unsigned by) { return vshlq_s32(value, vdupq_n_s32(-static_cast<int>(by))); }
-WF_INLINE Ints left(Ints value, unsigned by) { return vshlq_s32(value, vdupq_n_s32(static_cast<int>(by))); }
-// low | (high & 0x30)
-WF_INLINE Ints with_high_bits(Ints low, Ints high) { return vorrq_s32(low, vandq_s32(high, vdupq_n_s32(0x30))); }
-WF_INLINE Ints minus_32(Ints value) { return vsubq_s32(value, vdupq_n_s32(32)); }
 
 }  // namespace
 }  // namespace wf

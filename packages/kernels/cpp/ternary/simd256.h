@@ -50,14 +50,7 @@ WF_INLINE void sums_of(const Floats (&of)[4], float* out) {
 }
 
 WF_INLINE Ints widen_signed(const void* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))); }
-WF_INLINE Ints widen_unsigned(const void* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))); }
 WF_INLINE Floats to_floats(Ints value) { return _mm256_cvtepi32_ps(value); }
-WF_INLINE Ints low_nibble(Ints value) { return _mm256_and_si256(value, _mm256_set1_epi32(15)); }
-WF_INLINE Ints right(Ints value, unsigned by) { return _mm256_srli_epi32(value, static_cast<int>(by)); }
-WF_INLINE Ints left(Ints value, unsigned by) { return _mm256_slli_epi32(value, static_cast<int>(by)); }
-// low | (high & 0x30)
-WF_INLINE Ints with_high_bits(Ints low, Ints high) { return _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi32(0x30))); }
-WF_INLINE Ints minus_32(Ints value) { return _mm256_sub_epi32(value, _mm256_set1_epi32(32)); }
 
 }  // namespace
 }  // namespace wf

@@ -43,14 +43,7 @@ WF_INLINE void sums_of(const Floats (&of)[4], float* out) {
 }
 
 WF_INLINE Ints widen_signed(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
-WF_INLINE Ints widen_unsigned(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
 WF_INLINE Floats to_floats(Ints value) { return _mm512_cvtepi32_ps(value); }
-WF_INLINE Ints low_nibble(Ints value) { return _mm512_and_si512(value, _mm512_set1_epi32(15)); }
-WF_INLINE Ints right(Ints value, unsigned by) { return _mm512_srli_epi32(value, by); }
-WF_INLINE Ints left(Ints value, unsigned by) { return _mm512_slli_epi32(value, by); }
-// low | (high & 0x30)
-WF_INLINE Ints with_high_bits(Ints low, Ints high) { return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi32(0x30), 0xf8); }
-WF_INLINE Ints minus_32(Ints value) { return _mm512_sub_epi32(value, _mm512_set1_epi32(32)); }
 
 }  // namespace
 }  // namespace wf
