@@ -33,6 +33,7 @@ def test_the_command_line_wins_over_what_a_model_recommends():
         (["model=gpt5"], "Could not find 'model/gpt5': choose one of .*smollm2_135m"),
         (["training.learning_rate=inf"], "learning_rate must be positive, not inf"),
         (["training.max_steps=many"], r"training\.max_steps: .*'many' was given"),
+        (["training.eval_share=0"], r"training\.eval_share must be positive or null, not 0"),
         (["training.max_steps=0"], r"training\.max_steps must be positive, not 0"),
         (["training.schedule=zigzag"], "must be one of constant, cosine"),
         (["training.rows_per_step=3", "distributed=ddp"], "multiple of the 2 processes"),
@@ -79,6 +80,18 @@ def test_help_and_cfg_show_what_can_be_set(capsys):
 def test_shares_of_the_run_become_steps():
     training = from_mapping(TrainingConfig, {"max_steps": 40, "rows_per_step": 2, "learning_rate": 1e-3, "warmup_share": 0.25})
     assert (training.warmup_steps, training.lambda_warmup_steps) == (10, 0)
+
+
+@pytest.mark.parametrize("preset", group_choices()["training"])
+def test_a_run_of_a_few_steps_is_not_mostly_evaluation(preset):
+    """Every preset names the bound; a whole run of any but `smoke` stays below it, and looks at everything."""
+    chosen = [f"training={preset}"]
+    whole, short = load_run_config(chosen), load_run_config([*chosen, "training.max_steps=3"])
+    assert (whole.heldout_data == whole.data) == (preset != "smoke")
+    assert short.heldout_data.heldout_tokens == short.tokens == 3 * short.training.rows_per_step * 128
+    assert load_run_config([*chosen, "training.max_steps=3", "training.eval_share=null"]).heldout_data == short.data
+    half = load_run_config([*chosen, "training.max_steps=3", "training.eval_share=0.5"])
+    assert half.heldout_data.heldout_tokens == short.tokens // 2
 
 
 def test_a_model_needs_weights_or_a_shape():

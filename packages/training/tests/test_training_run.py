@@ -79,6 +79,21 @@ def test_training_lowers_the_heldout_loss_and_a_rate_of_almost_nothing_does_not(
     assert json.loads((trained / "summary.json").read_text())["ppl_fp"] is None
 
 
+def test_the_share_of_evaluations_bounds_them_and_changes_no_step(overrides, tmp_path, capsys):
+    """And a share that leaves all held-out tokens is as none at all."""
+    found = {}
+    for share in ("0.25", "2", "null"):
+        directory = run(overrides, "training.compare_fp=false", f"training.eval_share={share}", f"output_dir={tmp_path / share}")
+        lines = read_metrics(directory / "metrics.jsonl")
+        perplexity = json.loads((directory / "summary.json").read_text())["ppl_ternary"]
+        found[share] = [line["loss"] for line in lines], perplexity, lines[2]["heldout_loss"]
+        said = "held-out: 192 of 1,024 tokens, as training.eval_share=0.25 allows a run of 768" in capsys.readouterr().err
+        assert said == (share == "0.25")
+    assert found["2"] == found["null"]
+    assert found["0.25"][0] == found["null"][0]
+    assert all(a != b for a, b in zip(found["0.25"][1:], found["null"][1:], strict=True))
+
+
 def test_the_tokens_of_every_source_are_counted_logged_and_kept(overrides, tmp_path):
     """And workers change no loss; a run goes on from the place in the data that the checkpoint holds, not from a replay."""
     more = ["training.compare_fp=false", "training.checkpoint_every=3"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from bitnet_arch import UserError
+from bitnet_arch.bitlinear import constant_weights
 from bitnet_arch.diffusion import diffusion_of
 from bitnet_arch.generation import DecodeOptions, decode
 from bitnet_arch.gguf import export_gguf
@@ -88,7 +89,7 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: s
         options = DecodeOptions(max_tokens=SAMPLE_TOKENS, temperature=0.8, seed=seed)
         found = decode(model, ids[0], options, ends={tokenizer.eos_token_id}).tokens
         return str(tokenizer.decode([*ids[0].tolist(), *found], skip_special_tokens=True))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), constant_weights(model):
         torch.manual_seed(seed)
         out = model.generate(  # type: ignore[operator]
             input_ids=ids,

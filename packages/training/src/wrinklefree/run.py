@@ -68,7 +68,12 @@ def train(config: RunConfig) -> Outcome:
         add_mask_token(start.model, start.tokenizer, block_size=form.block_size, token_shift=form.token_shift)
     seed = config.training.seed
     train_rows = PackedStream(config.data, start.tokenizer, seed=seed)
-    heldout = PackedStream(config.data, start.tokenizer, seed=seed, split="heldout")
+    if config.heldout_data != config.data:
+        say(
+            f"held-out: {config.heldout_data.heldout_tokens:,} of {config.data.heldout_tokens:,} tokens, as training.eval_share="
+            f"{config.training.eval_share:g} allows a run of {config.tokens:,}"
+        )
+    heldout = PackedStream(config.heldout_data, start.tokenizer, seed=seed, split="heldout")
     heldout.heldout_rows()  # now: a split with nothing in it must not be found out after the training
     twin = copy.deepcopy(start.model) if config.training.compare_fp and start.original is None else None
     with wandb_logger(config, directory) as logger:

@@ -1,5 +1,6 @@
 """A whole run: its groups, and what they must not be together."""
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -202,10 +203,22 @@ class RunConfig:
         return self.model.lrc is not None or any(phase.lambda_value is not None for phase in self.curriculum.phases)
 
     @property
+    def tokens(self) -> int:
+        """Tokens in the rows of the whole run, padding included."""
+        return self.training.max_steps * self.training.rows_per_step * self.data.sequence_length
+
+    @property
+    def heldout_data(self) -> DataConfig:
+        """The data as evaluations look at them: with as many held-out tokens as `training.eval_share` allows."""
+        share, wanted = self.training.eval_share, self.data.heldout_tokens
+        return (
+            self.data if share is None else replace(self.data, heldout_tokens=max(2, min(wanted, math.ceil(share * self.tokens))))
+        )
+
+    @property
     def curriculum_total(self) -> float:
         """The whole run in the unit of the curriculum's `until`."""
-        tokens = self.training.max_steps * self.training.rows_per_step * self.data.sequence_length
-        return float(tokens) if self.curriculum.by == "tokens" else 1.0
+        return float(self.tokens) if self.curriculum.by == "tokens" else 1.0
 
     @property
     def fitted_curriculum(self) -> CurriculumConfig:

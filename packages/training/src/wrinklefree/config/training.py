@@ -31,6 +31,8 @@ class TrainingConfig:
         seed: of weights, data order and sampling.
         precision: "32-true" or "bf16-mixed".
         eval_every: steps between held-out evaluations; 0 evaluates at the end only.
+        eval_share: an evaluation looks at no more held-out tokens than this share of those that the whole run trains on, however
+            many `data.heldout_tokens` are: a run of a few steps is not mostly evaluation. None: at all of them.
         checkpoint_every: steps between checkpoints; one is also written at the end and when interrupted.
         keep_checkpoints: how many of the newest are kept.
         compare_fp: measure the unquantised model too: as it is when a float model was converted, otherwise (random or ternary
@@ -62,6 +64,7 @@ class TrainingConfig:
     seed: int = 0
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     eval_every: int = 0
+    eval_share: float | None = None
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     compare_fp: bool = True
@@ -75,7 +78,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("max_steps", "rows_per_step", "checkpoint_every", "keep_checkpoints", "learning_rate"):
             require(0 < getattr(self, name) < float("inf"), f"training.{name} must be positive, not {getattr(self, name)}")
-        for name in ("micro_batch_rows", "learning_rate_fp", "threads"):
+        for name in ("micro_batch_rows", "learning_rate_fp", "threads", "eval_share"):
             value = getattr(self, name)
             require(value is None or value > 0, f"training.{name} must be positive or null, not {value}")
         for name in ("weight_decay", "grad_clip", "eval_every", "data_workers", "seed", "gradient_norms_every"):
