@@ -24,7 +24,8 @@ from bitnet_arch.parity import (
     tokenizer_check,
 )
 from bitnet_arch.parity.activations import round_q8_0, round_q8_k
-from bitnet_arch.parity.gate import FLOORS, _end_to_end_checks, _Measured, _with_status, stored_types
+from bitnet_arch.parity.checks import FLOORS, end_to_end_checks
+from bitnet_arch.parity.gate import _Measured, _Run, _with_status, stored_types
 from bitnet_arch.parity.layerwise import LayerDifference
 from bitnet_arch.parity.proof import proof_status, source_digest
 from bitnet_arch.parity.report import at_least, at_most, widened
@@ -339,7 +340,7 @@ def end_to_end(packed, off, floor):
 
     found = {name: distance(floor) for name in FLOORS}
     found |= {"packed against training": distance(packed), "activation quantisation off": distance(off)}
-    return {check.name: check for check in _end_to_end_checks(found, ParityBounds())}
+    return {check.name: check for check in end_to_end_checks(found, ParityBounds())}
 
 
 @pytest.mark.parametrize(
@@ -376,7 +377,8 @@ def test_margins_of_changed_choices_may_stay_open_and_mean_distances_may_not(mas
 
     def judged(*names: str, holds: bool | None):
         checks = [replace(check, holds=holds) if check.name in names else check for check in report.checks]
-        measured = _Measured([], LayerDifference(), report.checks[0], by_engine=True)
+        run = _Run(engine=engine, positions=report.positions, pairs={})
+        measured = _Measured([], LayerDifference(), [], [run])
         return _with_status(replace(report, checks=checks), read_gguf(file), measured, ParityBounds(min_positions=1))
 
     margins = ("packed.greedy_margin", "training.flip_margin")

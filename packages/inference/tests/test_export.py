@@ -11,9 +11,10 @@ import pytest
 from bitnet_arch import ConversionConfig, UserError, convert_model, open_weights, save_master, save_packed
 from bitnet_arch.gguf import ARCHITECTURES, EMBEDDING_TYPES, export_gguf, read_gguf
 from bitnet_arch.parity import ParityError
+from bitnet_arch.parity.proof import proof_status
 from bitnet_arch.testing import tiny_bitnet, tiny_llama, tiny_tokenizer, train_tiny
 from transformers import AutoModelForCausalLM, BitNetConfig, LlamaConfig, Qwen2Config, Qwen3Config
-from wrinklefree_inference import export
+from wrinklefree_inference import export, generate
 from wrinklefree_inference.cli import main
 from wrinklefree_inference.export import default_positions, export_proven, probe_windows, tensors_by_type
 from wrinklefree_inference.llamacpp import EngineError, LlamaCpp
@@ -52,7 +53,8 @@ def test_the_command_proves_a_model_on_1000_positions(directory, tmp_path, capsy
     assert next(check for check in sidecar["checks"] if check["name"] == "tokenizer")["holds"] is True
     metadata = read_gguf(tmp_path / "model.gguf").metadata
     assert metadata["wrinklefree.parity.status"] == "proven"
-    assert metadata["wrinklefree.parity.engine"] == "llama.cpp (xllamacpp)"
+    assert metadata["wrinklefree.parity.engine"] == "native (bitnet_kernels) and llama.cpp (xllamacpp)"
+    assert metadata["wrinklefree.parity.engine_positions"] == "1000 and 125"
     figures = {check["name"]: check["value"] for check in sidecar["checks"]}
     assert metadata["wrinklefree.parity.engine.mean_kl.value"] == figures["engine.mean_kl"] < 1e-4
     # The annotated file, not only the one that was compared, loads in the engine and holds the same tensors.
@@ -121,12 +123,15 @@ def test_a_missed_bound_leaves_no_file_and_keeps_the_previous_one(directory, tmp
     for name in ("new.gguf", "kept.gguf"):
         assert main(["export", str(directory), "--out", str(tmp_path / name), "--positions", "40"]) == 1
         captured = capsys.readouterr()
-        assert captured.err == f"error: {name} was not written: the file differs from its source in blk.0.ffn_gate.weight\n"
+        assert captured.err.startswith(
+            f"error: {name} was not written: the file differs from its source in blk.0.ffn_gate.weight ("
+        )
+        assert captured.err.count("\n") == 1
     assert names(tmp_path) == ["kept.gguf"]
     assert (tmp_path / "kept.gguf").read_bytes() == b"GGUF previous"
     with pytest.raises(ParityError) as caught:
         export_proven(directory, tmp_path / "new.gguf", positions=40)
-    assert caught.value.report.failed_checks() == ["bytes"]
+    assert caught.value.report.failed_checks()[0] == "bytes"
 
 
 def test_an_engine_that_dies_is_a_missed_proof(directory, tmp_path, monkeypatch):
@@ -200,6 +205,9 @@ def test_a_disk_that_fills_up_while_a_file_is_written_is_told_of(limit, director
         (["{m}", "--type", "tq2_0"], "has rows of 64, but TQ2_0 needs a multiple of 256"),
         (["{m}", "--positions", "0"], "--positions must be at least 1, not 0"),
         (["{m}", "--positions", "9", "--unproven"], "--positions has no effect with --unproven"),
+        (["{m}", "--engine", "native", "--unproven"], "--engine has no effect with --unproven"),
+        (["{untied}", "--engine", "llama.cpp"], "llama.cpp does not run the architecture 'wrinklefree'"),
+        (["{m}", "--engine", "llama.cpp", "--type", "i2_s"], "llama.cpp does not run I2_S"),
         (["{m}/none"], "is not a model directory"),
         (["{untied}", "--architecture", "bitnet"], "untied head"),
         (["{untied}", "--architecture", "llama"], "is a 'bitnet', which cannot be written as 'llama'"),
@@ -207,7 +215,20 @@ def test_a_disk_that_fills_up_while_a_file_is_written_is_told_of(limit, director
         (["{m}", "--embedding", "q6_k"], "token_embd.weight has rows of 64, which Q6_K cannot have"),
         (["{m}", "--type", "i2_s"], "has rows of 64, but I2_S needs a multiple of 128"),
     ],
-    ids=["width", "positions", "no-effect", "missing", "untied", "architecture", "float", "embedding", "i2_s"],
+    ids=[
+        "width",
+        "positions",
+        "no-effect",
+        "engine-no-effect",
+        "engine",
+        "engine-i2_s",
+        "missing",
+        "untied",
+        "architecture",
+        "float",
+        "embedding",
+        "i2_s",
+    ],
 )
 def test_mistakes_end_in_one_sentence(arguments, words, directory, tmp_path, capsys):
     places = {"m": directory, "untied": tmp_path / "u", "float": tmp_path / "f"}
@@ -222,22 +243,71 @@ def test_mistakes_end_in_one_sentence(arguments, words, directory, tmp_path, cap
     assert names(tmp_path) == ["f", "u"]
 
 
-def test_a_model_that_no_engine_runs_is_written_and_labelled(tmp_path, monkeypatch, capsys):
-    """Bytes, tokens, layers and the packed model are compared all the same, and no engine is started."""
+@pytest.mark.parametrize("engine", ["none", "native"])
+def test_a_model_that_llama_cpp_does_not_run_is_compared_with_the_native_engine_if_there_is_one(
+    engine, tmp_path, monkeypatch, capsys
+):
+    """Without it bytes, tokens, layers and the packed model are compared all the same, and the report says what lacks."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("the engine was started")
 
     monkeypatch.setattr(export, "LlamaCpp", refuse)
+    if engine == "none":
+        monkeypatch.setattr(export, "has_native_engine", lambda: False)
     save_master(convert_model(tiny_llama(tied=False, **SHAPE), ConversionConfig(gain="one")), tmp_path / "m", tiny_tokenizer())
     assert main(["export", str(tmp_path / "m"), "--out", str(tmp_path / "out.gguf"), "--positions", "40"]) == 0
     printed = capsys.readouterr().out
-    assert "unproven: llama.cpp does not run the architecture 'wrinklefree', which holds what its own cannot" in printed
+    reason = {
+        "none": "bitnet-kernels, whose engine runs such files, is not installed, and llama.cpp does not run the architecture",
+        "native": "only 40 positions were compared, and a proof needs 1000",
+    }
+    assert f"unproven: {reason[engine]}" in printed
     sidecar = json.loads((tmp_path / "out.gguf.parity.json").read_text())
     assert {check["name"] for check in sidecar["checks"]} >= {"bytes", "tokenizer", "layers.output_error", "packed.mean_kl"}
     assert all(check["holds"] is not False for check in sidecar["checks"])
     written = read_gguf(tmp_path / "out.gguf").metadata
     assert (written["general.architecture"], written["wrinklefree.parity.status"]) == ("wrinklefree", "unproven")
+    assert sidecar["engine"] == {"none": "", "native": "native (bitnet_kernels)"}[engine]
+    assert any(check["name"] == "native.mean_kl" for check in sidecar["checks"]) == (engine == "native")
+
+
+def test_the_native_engine_proves_what_llama_cpp_does_not_run(tmp_path):
+    model = convert_model(tiny_llama(tied=False, **SHAPE), ConversionConfig(gain="one"))
+    save_master(train_tiny(model, steps=10, rows=2), tmp_path / "m", tiny_tokenizer())
+    report = export_proven(tmp_path / "m", tmp_path / "out.gguf")
+    assert (report.status, report.engine, report.positions) == ("proven", "native (bitnet_kernels)", 1000)
+    assert proof_status(tmp_path / "out.gguf") == ("proven", report.reason)
+    assert read_gguf(tmp_path / "out.gguf").metadata["wrinklefree.parity.engine"] == "native (bitnet_kernels)"
+
+
+def test_auto_takes_both_engines_and_a_choice_takes_one(directory, tmp_path, monkeypatch):
+    asked = []
+
+    class Counted(LlamaCpp):
+        def logprobs(self, ids):
+            asked.append(len(ids))
+            return super().logprobs(ids)
+
+    monkeypatch.setattr(export, "LlamaCpp", Counted)
+    found = {}
+    for engine, positions in (("auto", 1000), ("native", 1000), ("llama.cpp", 40)):
+        report = export_proven(directory, tmp_path / "out.gguf", positions=positions, engine=engine)
+        found[engine] = report.status, report.engine, list(asked)
+        asked.clear()
+    assert found["auto"] == ("proven", "native (bitnet_kernels) and llama.cpp (xllamacpp)", [125])
+    assert found["native"] == ("unproven", "native (bitnet_kernels)", [])
+    assert found["llama.cpp"] == ("unproven", "llama.cpp (xllamacpp)", [40])
+
+
+def test_a_file_that_the_native_engine_refuses_is_a_missed_proof(directory, tmp_path, monkeypatch):
+    def refuse(path, context):
+        raise ValueError(f"{path}: the key x is no number")
+
+    monkeypatch.setattr(export, "native_engine", refuse)
+    with pytest.raises(ParityError, match=r"the native engine does not run it \(the key x is no number\); --engine"):
+        export_proven(directory, tmp_path / "out.gguf", positions=4)
+    assert export_proven(directory, tmp_path / "out.gguf", positions=4, engine="llama.cpp").failed_checks() == []
 
 
 def test_what_was_asked_for_is_in_the_file_and_in_the_report(directory, tmp_path, capsys):
@@ -255,8 +325,15 @@ def test_what_was_asked_for_is_in_the_file_and_in_the_report(directory, tmp_path
 def test_wf_offers_the_same_choices():
     cli = pytest.importorskip("wf_deployer.cli")
     hints = typing.get_type_hints(cli.export)
-    offered = {name: set(typing.get_args(typing.get_args(hints[name])[0])) for name in ("gguf_type", "architecture", "embedding")}
-    assert offered == {"gguf_type": set(export.KINDS), "architecture": set(ARCHITECTURES), "embedding": set(EMBEDDING_TYPES)}
+    names = ("gguf_type", "architecture", "embedding", "engine")
+    offered = {name: set(typing.get_args(typing.get_args(hints[name])[0])) for name in names}
+    assert offered == {
+        "gguf_type": set(export.KINDS),
+        "architecture": set(ARCHITECTURES),
+        "embedding": set(EMBEDDING_TYPES),
+        "engine": set(export.ENGINES),
+    }
+    assert set(typing.get_args(typing.get_args(typing.get_type_hints(cli.generate)["engine"])[0])) == set(generate.ENGINES)
 
 
 def test_tensors_are_summed_up_by_what_they_became():
@@ -308,9 +385,9 @@ def test_which_presets_can_be_proven(preset, tmp_path):
     save_master(model, tmp_path / "m", tiny_tokenizer())
     report = export_proven(tmp_path / "m", tmp_path / "out.gguf", positions=8)
     assert read_gguf(tmp_path / "out.gguf").metadata["general.architecture"] == architecture
-    reason = "llama.cpp does not run the architecture" if architecture == "wrinklefree" else "only 8 positions were compared"
     assert (report.status, report.failed_checks()) == ("unproven", [])
-    assert report.reason.startswith(reason)
+    assert report.reason.startswith("only 8 positions were compared")
+    assert ("llama.cpp" in report.engine) == (architecture != "wrinklefree")
 
 
 def test_a_directory_as_output_is_refused(directory, tmp_path):

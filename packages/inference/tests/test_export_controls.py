@@ -1,4 +1,4 @@
-"""The parity gate with an engine that this project did not write, and the mistakes that it must catch."""
+"""The parity gate with an engine that this project did not write and with its own, and the mistakes that both must catch."""
 
 import shutil
 import struct
@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from bitnet_arch import load_model, open_weights, save_master
+from bitnet_arch import PackedBitLinear, load_model, open_weights, save_master
 from bitnet_arch.__main__ import main as convert
-from bitnet_arch.gguf import export_gguf, read_gguf
-from bitnet_arch.parity import FORWARDS, EngineInfo, ParityBounds, ParityError, emulated_model, run_gate
+from bitnet_arch.gguf import export_gguf, from_gguf, read_gguf
+from bitnet_arch.parity import FORWARDS, EngineInfo, ParityBounds, ParityError, emulated_model, native_engine, run_gate
+from bitnet_arch.parity.engines import log_softmax
 from bitnet_arch.testing import tiny_bitnet, tiny_tokenizer, train_tiny
+from bitnet_kernels import Engine
 from wrinklefree_inference.export import export_proven, probe_windows
 from wrinklefree_inference.llamacpp import EngineError, LlamaCpp, normalized
 
@@ -61,9 +63,17 @@ def gate(trained, path, forwards=None, windows=1):
         return run_gate(directory, path, info, ids[:windows], bounds, forwards=forwards)
 
 
+def native_gate(trained, path, windows=1, forwards=None, engine=None):
+    """The gate with the project's own engine alone, which is no proof of a file that llama.cpp runs."""
+    directory, ids = trained
+    bounds = ParityBounds(min_positions=windows * WINDOW)
+    return run_gate(directory, path, engine or native_engine(path, WINDOW), ids[:windows], bounds, forwards=forwards)
+
+
 def show(name, report):
     figures = ", ".join(f"{c.name} {c.value:.2e}" for c in report.checks if c.holds is False)
-    distance = report.measurements["engine against emulation"]["mean_kl"]
+    same = "native against the file" if "native against the file" in report.measurements else "engine against emulation"
+    distance = report.measurements[same]["mean_kl"]
     print(f"{name}: {report.status}; missed: {figures or 'nothing'}; KL {distance:.1e}")
 
 
@@ -75,6 +85,35 @@ def test_a_right_file_is_proven_by_llama_cpp(kind, trained, files):
     assert report.positions == WINDOWS * WINDOW
     assert all(check.holds for check in report.checks)
     assert report.types["blk.0.ffn_up.weight"] == kind
+
+
+@pytest.mark.parametrize("kind", ["f16", "tq1_0", "tq2_0", "q2_0"])
+def test_the_native_engine_computes_what_was_trained(kind, trained, files):
+    report = native_gate(trained, files / f"{kind}.gguf", windows=WINDOWS)
+    show(f"native {kind}", report)
+    assert (report.status, report.failed_checks(), report.undecided_checks()) == ("unproven", [], [])
+    assert report.reason == "llama.cpp could run the file and has not, and this project's own engine alone is no proof of it"
+    figures = {check.name: check for check in report.checks}
+    assert figures["native.mean_kl"].value < 0.02 * report.measurements["activation quantisation off"]["mean_kl"]
+    assert figures["native.activation_ratio"].holds
+
+
+def test_both_engines_prove_a_file_on_their_own_positions(trained, files):
+    path, seen = files / "tq2_0.gguf", []
+    with LlamaCpp(path, on_position=lambda: seen.append(1)) as engine:
+        foreign = EngineInfo(engine.logprobs, "llama.cpp", engine.version, engine.tokenize, windows=1)
+        bounds = ParityBounds(min_positions=WINDOWS * WINDOW)
+        report = run_gate(trained[0], path, [native_engine(path, WINDOW), foreign], trained[1], bounds)
+        few = run_gate(
+            trained[0], path, [native_engine(path, WINDOW), foreign], trained[1], replace(bounds, min_foreign=WINDOW + 1)
+        )
+    assert (report.status, report.reason, report.positions) == ("proven", "", WINDOWS * WINDOW)
+    assert (report.engine, report.details["engine_positions"]) == ("native (bitnet_kernels) and llama.cpp", "240 and 120")
+    assert len(seen) == 2 * WINDOW
+    positions = {name: figures["positions"] for name, figures in report.measurements.items()}
+    assert (positions["native against training"], positions["engine against training"]) == (240, 120)
+    assert {c.name for c in report.checks} >= {"tokenizer", "native.tokenizer", "engine.mean_kl", "native.mean_kl"}
+    assert (few.status, few.reason) == ("unproven", "llama.cpp ran only 120 positions, and a proof needs 121 of it")
 
 
 # ---- what can go wrong in a file: each changes bytes in place
@@ -183,6 +222,50 @@ def test_a_damaged_file_fails(damage, kind, caught_by_logits, trained, files, tm
     assert ("engine.mean_kl" in missed) or not caught_by_logits
 
 
+@pytest.mark.parametrize(
+    ("damage", "caught_by_logits"),
+    [
+        (invert_scales, True),
+        (permute_queries_and_keys, True),
+        (wrong_rope_base, True),
+        (drop_a_norm, True),
+        (wrong_epsilon, True),  # which llama.cpp's bounds let through
+        (scale_off_by_one_percent, False),
+        (value_scale_doubled, False),
+    ],
+)
+def test_a_damaged_file_fails_in_the_native_engine(damage, caught_by_logits, trained, files, tmp_path):
+    path = tmp_path / "damaged.gguf"
+    shutil.copy(files / "tq2_0.gguf", path)
+    damage(path)
+    report = native_gate(trained, path)
+    show(f"native {damage.__name__}", report)
+    missed = report.failed_checks()
+    assert "bytes" in missed
+    assert ("native.mean_kl" in missed) == caught_by_logits
+
+
+def swap_gate_and_up(path):
+    gate_, up = (tensor(path, f"blk.0.ffn_{name}.weight") for name in ("gate", "up"))
+    gate_[:], up[:] = up.copy(), gate_.copy()
+
+
+@pytest.mark.parametrize("gate_of", [gate, native_gate], ids=["llama.cpp", "native"])
+def test_swapped_matrices_fail(gate_of, trained, files, tmp_path):
+    shutil.copy(files / "tq2_0.gguf", tmp_path / "swapped.gguf")
+    swap_gate_and_up(tmp_path / "swapped.gguf")
+    report = gate_of(trained, tmp_path / "swapped.gguf")
+    show("gate and up swapped", report)
+    assert {"bytes", "native.mean_kl" if gate_of is native_gate else "engine.mean_kl"} <= set(report.failed_checks())
+
+
+def test_a_matrix_that_went_through_q4_0_is_refused_by_the_native_engine(files, tmp_path):
+    shutil.copy(files / "f16.gguf", tmp_path / "damaged.gguf")
+    distort_like_q4_0(tmp_path / "damaged.gguf")
+    with pytest.raises(ValueError, match="is not ternary"):
+        native_engine(tmp_path / "damaged.gguf", WINDOW)
+
+
 # ---- what can go wrong with text: logits are compared on token ids and agree all the same
 
 
@@ -269,6 +352,58 @@ def test_an_engine_without_activation_quantisation_fails(kind, trained, files):
     report = run_gate(trained[0], path, torch_engine(emulated_model(trained[0], path, "none")), trained[1][:1], BOUNDS)
     show(f"{kind} engine without activation quantisation", report)
     assert report.failed_checks() == ["engine.activation_ratio"]
+
+
+def own(model):
+    """An engine of torch that claims to handle activations as training does."""
+    return replace(torch_engine(model), handling="training")
+
+
+class Unrounded(torch.nn.Module):
+    """A packed layer without its rounding of activations."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.weight = layer.codes().float() * layer.weight_scale
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight)
+
+
+def test_an_engine_of_ours_without_activation_quantisation_fails(trained, files):
+    path = files / "tq2_0.gguf"
+    model = from_gguf(path)
+    assert native_gate(trained, path, engine=own(model)).failed_checks() == []
+    for layer in model.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, module in list(part.named_children()):
+                if isinstance(module, PackedBitLinear):
+                    setattr(part, name, Unrounded(module))
+    report = native_gate(trained, path, engine=own(model))
+    show("native without activation quantisation", report)
+    assert {"native.mean_kl", "native.activation_ratio"} <= set(report.failed_checks())
+
+
+def test_an_engine_of_ours_that_rounds_keys_and_values_fails(trained, files):
+    path = files / "tq2_0.gguf"
+    engine = Engine(path, context=WINDOW, cache="int8")
+    info = EngineInfo(lambda ids: log_softmax(engine.logits(ids)), "native", "0", None, "training")
+    report = native_gate(trained, path, engine=info)
+    show("native with an int8 cache", report)
+    assert "native.mean_kl" in report.failed_checks()
+
+
+def test_llama_cpps_rounding_by_blocks_fails_as_our_own(trained, files):
+    path = files / "tq2_0.gguf"
+    report = native_gate(trained, path, engine=own(emulated_model(trained[0], path)))
+    show("rounding by blocks", report)
+    assert "native.mean_kl" in report.failed_checks()
+
+
+def test_a_reference_of_ours_without_activation_quantisation_fails(trained, files):
+    forwards = FORWARDS | {"file": FORWARDS["file without activation quantisation"]}
+    report = native_gate(trained, files / "tq2_0.gguf", forwards=forwards)
+    assert {"native.mean_kl", "native.activation_ratio"} <= set(report.failed_checks())
 
 
 @pytest.mark.parametrize("kind", ["tq2_0", "q2_0"])

@@ -161,9 +161,9 @@ def test_the_native_engine_runs_files_that_llama_cpp_does_not(tmp_path, capsys):
     save_master(model, tmp_path / "m", tiny_tokenizer())
     assert export_gguf(tmp_path / "m", tmp_path / "own.gguf").architecture == "wrinklefree"
     arguments = ["generate", str(tmp_path / "own.gguf"), PROMPT, "--max-tokens", "6", "--json"]
-    assert main(arguments) == 2
-    assert "give --engine native" in capsys.readouterr().err.splitlines()[-1]
-    assert main([*arguments, "--engine", "native"]) == 0
+    assert main([*arguments, "--engine", "llama.cpp"]) == 2
+    assert "holds what its own cannot): leave --engine out" in capsys.readouterr().err.splitlines()[-1]
+    assert main(arguments) == 0
     answer = json.loads(capsys.readouterr().out)
     expected = generate_torch(from_gguf(tmp_path / "own.gguf"), tiny_tokenizer(), PROMPT, Options(max_tokens=6), lambda piece: None)
     assert (answer["engine"], answer["text"], answer["tokens"]) == ("native", expected.text, expected.tokens)
@@ -191,9 +191,9 @@ def test_too_little_memory_is_one_sentence(trained, monkeypatch):
         generate(trained, "native", PROMPT, max_tokens=5)
 
 
-@pytest.mark.parametrize("name", ["master", "model.gguf", "native"])
+@pytest.mark.parametrize("name", ["master", "model.gguf", "native", "llama.cpp"])
 def test_json_has_the_same_text_as_the_stream(name, trained, capsys):
-    file, more = ("model.gguf", ["--engine", "native"]) if name == "native" else (name, [])
+    file, more = ("model.gguf", ["--engine", name]) if name in ("native", "llama.cpp") else (name, [])
     arguments = ["generate", str(trained / file), PROMPT, "--max-tokens", "8", *more]
     assert main(arguments) == 0
     streamed = capsys.readouterr().out
@@ -201,7 +201,7 @@ def test_json_has_the_same_text_as_the_stream(name, trained, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["text"] + "\n" == streamed
     assert (answer["tokens"], answer["max_tokens"], answer["stop"]) == (8, 8, "length")
-    assert answer["engine"] == {"master": "pytorch", "model.gguf": "llama.cpp", "native": "native"}[name]
+    assert answer["engine"] == {"master": "pytorch", "model.gguf": "native"}.get(name, name)
 
 
 def mistakes():
@@ -209,19 +209,20 @@ def mistakes():
     yield "missing", ["nowhere", PROMPT], "does not exist"
     yield "no config", [".", PROMPT], "no config.json"
     yield "no GGUF", ["junk.gguf", PROMPT], "not a GGUF file"
-    yield "truncated", ["truncated.gguf", PROMPT], "could not load"
-    native = ["--engine", "native"]
-    yield (
-        "truncated, native",
-        ["truncated.gguf", PROMPT, *native],
-        "truncated.gguf is not a usable GGUF file",
-    )
-    yield "long prompt, native", ["model.gguf", long, *native], "shorten it"
-    yield "an engine for a directory", ["master", PROMPT, *native], "--engine has no effect on a model directory"
+    foreign = ["--engine", "llama.cpp"]
+    yield "truncated", ["truncated.gguf", PROMPT], "truncated.gguf is not a usable GGUF file"
+    yield "truncated, llama.cpp", ["truncated.gguf", PROMPT, *foreign], "could not load"
+    yield "an engine for a directory", ["master", PROMPT, "--engine", "native"], "--engine has no effect on a model directory"
+    yield "a model that is no text model", ["foreign.gguf", PROMPT], "foreign.gguf"
+    yield "empty prompt, file", ["model.gguf", ""], "prompt is empty"
+    yield "no tokens, file", ["model.gguf", PROMPT, "--max-tokens", "0"], "at least 1"
+    yield "temperature, file", ["model.gguf", PROMPT, "--temperature", "-1"], "temperature is -1"
+    yield "seed, file", ["model.gguf", PROMPT, "--seed", str(2**64)], f"seed is {2**64}"
     yield "empty prompt", ["master", ""], "prompt is empty"
     yield "bad UTF-8", ["master", "a\udcff"], "not valid UTF-8"
     yield "long prompt", ["master", long], "shorten it"
-    yield "long prompt, engine", ["model.gguf", long], "context"
+    yield "long prompt, file", ["model.gguf", long], "shorten it"
+    yield "long prompt, llama.cpp", ["model.gguf", long, *foreign], "context"
     yield "no tokens", ["master", PROMPT, "--max-tokens", "0"], "at least 1"
     yield "temperature", ["master", PROMPT, "--temperature", "nan"], "temperature is nan"
     yield "seed", ["master", PROMPT, "--seed", "-1"], "seed is -1"
@@ -233,6 +234,7 @@ def test_a_mistake_is_one_sentence(arguments, words, trained, capfd, monkeypatch
     (trained / "junk.gguf").write_text("hello")
     whole = (trained / "model.gguf").read_bytes()
     (trained / "truncated.gguf").write_bytes(whole[: len(whole) // 2])
+    (trained / "foreign.gguf").write_bytes(whole.replace(b"bitnet", b"mamba2", 1))
     assert main(["generate", *arguments]) == 2
     captured = capfd.readouterr()
     assert captured.err.startswith("error: ")

@@ -146,19 +146,24 @@ def export(
         Literal["f16", "bf16", "q8_0", "q6_k", "q4_1"] | None,
         typer.Option(help="How embeddings and head are stored; the last three change the model a little."),
     ] = None,
-    positions: Annotated[int | None, typer.Option(min=1, help="How many positions the engine's logits are compared on.")] = None,
+    positions: Annotated[int | None, typer.Option(min=1, help="How many positions an engine's logits are compared on.")] = None,
+    engine: Annotated[
+        Literal["auto", "llama.cpp", "native"] | None,
+        typer.Option(help="What runs the file; auto takes the native engine, and llama.cpp if it can."),
+    ] = None,
     unproven: Annotated[bool, typer.Option("--unproven", help="Write the file without comparing an engine's logits.")] = False,
     json: Json = False,
     dry_run: DryRun = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a model directory as a GGUF file, proven against an engine before it gets its name."""
+    """Write a model directory as a GGUF file, proven in engines before it gets its name."""
     options = {
         "--out": out,
         "--type": gguf_type,
         "--architecture": architecture,
         "--embedding": embedding,
         "--positions": positions,
+        "--engine": engine,
         "--unproven": unproven,
         "--json": json,
     }
@@ -178,12 +183,13 @@ def generate(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="How many tokens to write at most.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 takes the likeliest token; larger varies more.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes a sample repeatable.")] = None,
+    engine: Annotated[Literal["llama.cpp", "native"] | None, typer.Option(help="What runs a GGUF file (native).")] = None,
     json: Json = False,
     dry_run: DryRun = False,
     verbose: Verbose = False,
 ) -> None:
     """Continue a prompt with a model."""
-    options = {"--max-tokens": max_tokens, "--temperature": temperature, "--seed": seed, "--json": json}
+    options = {"--max-tokens": max_tokens, "--temperature": temperature, "--seed": seed, "--engine": engine, "--json": json}
     _start("wrinklefree_inference", inference_argv("generate", [model, prompt], options), dry_run, verbose)
 
 

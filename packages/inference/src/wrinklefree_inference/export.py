@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,12 +19,25 @@ from typing import Any
 import numpy as np
 from bitnet_arch import UserError, load_tokenizer, open_weights
 from bitnet_arch.gguf import ARCHITECTURES, EMBEDDING_TYPES, MATRIX_TYPES, annotate_gguf, choose_architecture, export_gguf
-from bitnet_arch.parity import EngineInfo, ParityBounds, ParityError, ParityReport, no_engine, run_gate, tensor_types
+from bitnet_arch.gguf.architectures import OURS
+from bitnet_arch.parity import (
+    EngineInfo,
+    ParityBounds,
+    ParityError,
+    ParityReport,
+    has_native_engine,
+    native_engine,
+    no_engine,
+    run_gate,
+    tensor_types,
+)
 from bitnet_arch.weights import WeightReader
 
 from wrinklefree_inference.llamacpp import NAME, EngineError, LlamaCpp
 
 KINDS = ("auto", *MATRIX_TYPES)
+ENGINES = ("auto", "llama.cpp", "native")
+NO_KERNELS = "bitnet-kernels, whose engine runs such files, is not installed"
 SMALL_MODEL = 20_000_000
 SMALL_POSITIONS, LARGE_POSITIONS = 1000, 64
 MAX_WINDOW = 128
@@ -40,9 +53,10 @@ EXAMPLES = """examples:
   python -m wrinklefree_inference export my-ternary --out for-bitnet-cpp.gguf --type i2_s
   python -m wrinklefree_inference export my-lrc-model --out own.gguf --architecture wrinklefree
 
-Proven can be what llama.cpp runs: the architectures bitnet, llama, qwen2, qwen3 and gemma3 with any --type but i2_s. I2_S and
-wrinklefree files are compared as far as that goes without an engine, and labelled unproven. --embedding q8_0, q6_k and q4_1 change
-the model a little; the report says by how much.
+The native engine runs every file, on all positions. The architectures bitnet, llama, qwen2, qwen3 and gemma3 with any --type but
+i2_s are run by llama.cpp, too, on 100 positions or a few more; without it they are not proven. --engine llama.cpp or native leaves
+the other one out; llama.cpp alone runs all positions, which takes longer. --embedding q8_0, q6_k and q4_1 change the model a
+little; the report says by how much.
 
 A missed bound ends with exit code 1 and leaves no new file. FILE.parity.json holds every figure and its bound.
 """
@@ -57,8 +71,9 @@ def export_proven(
     *,
     architecture: str = "auto",
     embedding: str = "f16",
+    engine: str = "auto",
 ) -> ParityReport:
-    """Export a model directory to GGUF, prove the file with llama.cpp where it runs it, and only then give it its name.
+    """Export a model directory to GGUF, prove the file with the engines that run it, and only then give it its name.
 
     The report is written beside it as `OUT.parity.json` and, in short, into the file's metadata. What stood under the name before
     stays if anything fails.
@@ -72,10 +87,12 @@ def export_proven(
         progress: told of the stages.
         architecture: "auto" or what the file must be; see `export_gguf`.
         embedding: type of embeddings and head; see `export_gguf`.
+        engine: what runs the file: "llama.cpp", "native", or "auto", each that can. llama.cpp, a request a position, then runs the
+            first windows alone.
 
     Returns:
-        A report with status "proven", or "unproven" with the reason: no engine that runs the file, too few positions, or rounding
-        noise that would hide errors.
+        A report with status "proven", or "unproven" with the reason: no engine ran the file, or not llama.cpp although it could;
+        too few positions; or rounding noise that would hide errors.
 
     Raises:
         ParityError: if the file does not compute what was trained.
@@ -83,7 +100,7 @@ def export_proven(
     """
     report_progress = progress or (lambda *_: None)
     with open_weights(directory) as reader:
-        choose_architecture(reader, architecture)
+        check_engine(engine, choose_architecture(reader, architecture), kind)
         needed = default_positions(reader)
         windows = probe_windows(reader, needed if positions is None else positions)
     bounds = ParityBounds(min_positions=needed)
@@ -91,7 +108,7 @@ def export_proven(
     with _staging(Path(out)) as (stage, publish):
         file = stage / "model.gguf"
         _write(directory, file, Path(out), kind, architecture, embedding, report_progress)
-        report = _prove(directory, file, windows, bounds, report_progress)
+        report = _prove(directory, file, windows, bounds, report_progress, engine)
         if report.status == "failed":
             raise ParityError(replace(report, reason=f"{Path(out).name} was not written: {report.reason}"))
         publish(file, _dated(report))
@@ -156,6 +173,26 @@ def check_output(directory: Path, out: Path) -> None:
                 raise UserError(f"{out} exists and is no GGUF file: choose another name")
 
 
+def check_engine(engine: str, architecture: str, kind: str) -> None:
+    """Refuse an engine that does not run a file, before it is written.
+
+    Args:
+        engine: as in `export_proven`.
+        architecture: what the file will be.
+        kind: type of its matrices.
+
+    Raises:
+        UserError: for an engine that is unknown, not installed, or does not run it.
+    """
+    if engine not in ENGINES:
+        raise UserError(f"unknown engine {engine!r}: choose {', '.join(ENGINES)}")
+    if engine == "native" and not has_native_engine():
+        raise UserError("the native engine is not installed: install bitnet-kernels or leave --engine out")
+    if engine == "llama.cpp" and (architecture == OURS or kind == "i2_s"):
+        what = "I2_S" if kind == "i2_s" else f"the architecture {architecture!r}"
+        raise UserError(f"llama.cpp does not run {what}, so that --engine llama.cpp proves nothing: leave --engine out")
+
+
 def default_positions(reader: WeightReader) -> int:
     """Return how many positions a proof of this model takes."""
     parameters = sum(int(np.prod(reader.shape(name))) for name in reader.keys())  # noqa: SIM118
@@ -196,9 +233,14 @@ def probe_windows(reader: WeightReader, positions: int) -> list[list[int]]:
     return [ids[start : start + length + 1] for start in range(0, needed, length + 1)]
 
 
-def _prove(directory: Path | str, file: Path, windows: list[list[int]], bounds: ParityBounds, progress: Progress) -> ParityReport:
-    total = sum(len(window) - 1 for window in windows)
-    done = 0
+def _prove(
+    directory: Path | str, file: Path, windows: list[list[int]], bounds: ParityBounds, progress: Progress, engine: str
+) -> ParityReport:
+    """Run the gate with the engines that run a file; one that refuses it, or stops, is a missed proof."""
+    native = engine != "llama.cpp" and has_native_engine()
+    foreign = engine != "native" and no_engine(file) is None
+    asked = _foreign_windows(windows, bounds) if native else len(windows)
+    total, done = asked * (len(windows[0]) - 1), 0
 
     def on_position() -> None:
         nonlocal done
@@ -206,17 +248,36 @@ def _prove(directory: Path | str, file: Path, windows: list[list[int]], bounds: 
         progress("engine", done, total)
 
     def on_stage(stage: str, at: int, of: int) -> None:
-        if stage != "engine":
+        if stage != "engine" or not foreign:
             progress(stage, at, of)
 
-    if no_engine(file) is not None:
-        return run_gate(directory, file, None, windows, bounds, progress)
+    engines: list[EngineInfo] = []
+    with ExitStack() as stack:
+        try:
+            if foreign:
+                started = stack.enter_context(LlamaCpp(file, context=2 * MAX_WINDOW, on_position=on_position))
+                engines.append(EngineInfo(started.logprobs, NAME, started.version, started.tokenize, windows=asked))
+            if native:
+                engines.insert(0, _open_native(file, len(windows[0])))
+            report = run_gate(directory, file, engines, windows, bounds, on_stage)
+        except EngineError as error:
+            return ParityReport(status="failed", reason=str(error), engine=NAME, types=tensor_types(file))
+    if not engines and report.status == "unproven":
+        return replace(report, reason=f"{NO_KERNELS}, and {report.reason}")
+    return report
+
+
+def _foreign_windows(windows: list[list[int]], bounds: ParityBounds) -> int:
+    """Return how many windows llama.cpp runs beside the native engine."""
+    return min(len(windows), -(-min(bounds.min_foreign, bounds.min_positions) // (len(windows[0]) - 1)))
+
+
+def _open_native(file: Path, context: int) -> EngineInfo:
     try:
-        with LlamaCpp(file, context=2 * MAX_WINDOW, on_position=on_position) as engine:
-            info = EngineInfo(engine.logprobs, NAME, engine.version, engine.tokenize)
-            return run_gate(directory, file, info, windows, bounds, on_stage)
-    except EngineError as error:
-        return ParityReport(status="failed", reason=str(error), engine=NAME, types=tensor_types(file))
+        return native_engine(file, context)
+    except (ValueError, MemoryError) as error:
+        why = str(error).removeprefix(f"{file}: ") or "there is not enough memory"
+        raise EngineError(f"the native engine does not run it ({why}); --engine llama.cpp leaves that out") from None
 
 
 def _dated(report: ParityReport) -> ParityReport:
@@ -258,7 +319,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "export",
         help="write a model directory as a proven GGUF file",
-        description="Write a model directory as GGUF, run the file in llama.cpp if it can, and compare it with what was trained.",
+        description="Write a model directory as GGUF, run the file in each engine that can, and compare it with what was trained.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -273,6 +334,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--embedding", default="f16", choices=EMBEDDING_TYPES, help="type of embeddings and head (default f16)")
     parser.add_argument("--positions", type=int, help="distributions to compare (1000; 64 from 20 million parameters on)")
+    parser.add_argument(
+        "--engine", default="auto", choices=ENGINES, help="what runs the file (auto: the native engine, and llama.cpp if it can)"
+    )
     parser.add_argument("--unproven", action="store_true", help="skip the gate; the file is labelled unproven")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=run)
@@ -286,6 +350,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.unproven and arguments.positions is not None:
         raise UserError("--positions has no effect with --unproven: leave one of them out")
+    if arguments.unproven and arguments.engine != "auto":
+        raise UserError("--engine has no effect with --unproven: leave one of them out")
     source, out, kind = arguments.directory, arguments.out, arguments.type
     form = {"architecture": arguments.architecture, "embedding": arguments.embedding}
     with _progress_bar() as progress:
@@ -293,7 +359,7 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.unproven:
                 report = export_unproven(source, out, kind, progress=progress, **form)
             else:
-                report = export_proven(source, out, kind, arguments.positions, progress, **form)
+                report = export_proven(source, out, kind, arguments.positions, progress, engine=arguments.engine, **form)
         except ParityError as error:
             if arguments.json:
                 print(json.dumps(error.report.to_json()))
@@ -312,7 +378,8 @@ def _print_report(out: Path, report: ParityReport) -> None:
     for kind, names in tensors_by_type(report.types).items():
         print(f"  {kind:<6} {', '.join(names)}")
     if report.engine:
-        print(f"compared on {report.positions} positions with {report.engine} {report.engine_version}:")
+        positions = report.details.get("engine_positions", report.positions)
+        print(f"compared on {positions} positions with {report.engine} {report.engine_version}:")
     for check in report.checks:
         value = "-" if check.value is None else f"{check.value:.3g}"
         verdict = {True: "holds", False: "missed", None: "undecided"}[check.holds]

@@ -1,4 +1,4 @@
-"""`generate`: text from a model directory (PyTorch) or a GGUF file (llama.cpp, or the native engine), written as it comes.
+"""`generate`: text from a model directory (PyTorch) or a GGUF file (the native engine, or llama.cpp), written as it comes.
 
 A directory of a diffusion model decodes block by block (`bitnet_arch.generation`); options of that kind are refused elsewhere.
 """
@@ -33,7 +33,8 @@ Emit = Callable[[str], None]
 
 # llama.cpp ends a text at these by their spelling, whatever a file declares; both engines must stop at the same place.
 END_OF_TEXT = frozenset({"<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_text|>", "<end_of_turn>"})
-ENGINES = ("llama.cpp", "native")
+ENGINES = ("native", "llama.cpp")
+"""What runs a GGUF file, the default first."""
 MAX_ENGINE_CONTEXT = 32768
 MAX_SEED = 2**32 - 2
 REPLACEMENT = "\ufffd"
@@ -282,11 +283,11 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "generate",
         help="continue a prompt",
-        description="Continue a prompt: a model directory runs in PyTorch, a GGUF file in llama.cpp or in the native engine.",
+        description="Continue a prompt: a model directory runs in PyTorch, a GGUF file in the native engine or in llama.cpp.",
     )
     parser.add_argument("model", help="a model directory or a .gguf file")
     parser.add_argument("prompt", help="the text to continue")
-    parser.add_argument("--engine", choices=ENGINES, help="what runs a GGUF file: native computes as training did (llama.cpp)")
+    parser.add_argument("--engine", choices=ENGINES, help="what runs a GGUF file: native computes as training did (default)")
     parser.add_argument("--max-tokens", type=int, default=128, help="at most so many new tokens (128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default); above, samples")
     parser.add_argument("--seed", type=int, default=0, help="makes sampling reproducible (0)")
@@ -322,12 +323,12 @@ def run(arguments: argparse.Namespace) -> int:
         used: Options | DecodeOptions = options
         if model.kind == "gguf":
             _check_no_effect(given, "a GGUF file")
-            engine = arguments.engine or "llama.cpp"
+            engine = arguments.engine or ENGINES[0]
             try:
                 result = _engine_of(engine)(model.path, prompt, options, emit)
             except UserError:
                 if engine == "llama.cpp" and (why := _needs_native(model.path)):
-                    raise UserError(f"llama.cpp cannot run {model.path} ({why}): give --engine native") from None
+                    raise UserError(f"llama.cpp cannot run {model.path} ({why}): leave --engine out") from None
                 raise
         else:
             if arguments.engine is not None:

@@ -17,7 +17,7 @@ from bitnet_arch.pretrained import cache_directory
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja")
 GGUF_MAGIC = b"GGUF"
 PROMPT_CACHE_MIB = 256
-EXPORT_REVISION = 4
+EXPORT_REVISION = 5
 """Raised whenever a file or its proof would come out differently, so that no file of an older exporter is taken from the cache."""
 
 

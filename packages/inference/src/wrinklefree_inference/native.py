@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bitnet_arch import UserError
-from bitnet_arch.gguf import read_gguf, tokenizer_from_gguf
+from bitnet_arch.gguf import GgufFile, read_gguf, tokenizer_from_gguf
 from bitnet_kernels import Engine
 
 from wrinklefree_inference.generate import END_OF_TEXT, Emit, Generated, Options, TextStream, check_length
@@ -30,9 +30,9 @@ def _refusal(file: Path, error: Exception) -> UserError:
     return UserError(f"the native engine cannot run {file}: {str(error).removeprefix(f'{file}: ') or 'there is not enough memory'}")
 
 
-def _context(file: Path) -> int | None:
+def _context(file: GgufFile) -> int | None:
     """Return how many positions a file's model has; None where the engine has to say what is wrong with it."""
-    metadata = read_gguf(file).metadata
+    metadata = file.metadata
     found = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     return found if isinstance(found, int) and found > 0 else None
 
@@ -43,7 +43,8 @@ def generate_native(file: Path, prompt: str, options: Options, emit: Emit) -> Ge
     Raises:
         UserError: if the engine cannot run the file, or the prompt has no token or leaves no room for one.
     """
-    tokenizer, most = tokenizer_from_gguf(file), _context(file)
+    read = read_gguf(file)
+    tokenizer, most = tokenizer_from_gguf(read), _context(read)
     ids: list[int] = tokenizer(prompt).input_ids
     if most is not None:
         check_length(len(ids), most)

@@ -212,13 +212,16 @@ def _added_around(tokenizer: PreTrainedTokenizerFast, directory: Path) -> tuple[
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def tokenizer_from_gguf(path: Path | str) -> PreTrainedTokenizerFast:
+def tokenizer_from_gguf(path: Path | str | GgufFile) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a file, with its special tokens and chat template.
+
+    Args:
+        path: the file, or what `read_gguf` found in it.
 
     Raises:
         UserError: if the file is damaged, or has none or one of another kind.
     """
-    file = read_gguf(path)
+    file = path if isinstance(path, GgufFile) else read_gguf(path)
     stated = _read_keys(file)
     named = {
         f"{name}_token": stated.tokens[i]

@@ -236,11 +236,25 @@ def emulated_unrounded_linear(weight: TernaryWeight) -> nn.Module:
 
 
 def emulated_q4_0_linear(weight: TernaryWeight) -> nn.Module:
-    """Return what llama.cpp would compute had the matrix gone through Q4_0: a control (one sign of each block loses an eighth)."""
-    blocks = weight.stored().unflatten(-1, (-1, 32)) if weight.codes.shape[1] % 32 == 0 else weight.stored().unsqueeze(-2)
+    """Return what llama.cpp would compute had the matrix gone through Q4_0: a control."""
+    return RoundedLinear(_q4_0(weight.stored()), BY_WEIGHT_TYPE[weight.ggml_id], weight.bias)
+
+
+def file_linear(weight: TernaryWeight) -> nn.Module:
+    """Return training's product with the matrix as the file holds it, which is what the native engine computes."""
+    return RoundedLinear(weight.stored(), fake_quant_activation, weight.bias)
+
+
+def file_q4_0_linear(weight: TernaryWeight) -> nn.Module:
+    """Return what the native engine would compute had the matrix gone through Q4_0: a control."""
+    return RoundedLinear(_q4_0(weight.stored()), fake_quant_activation, weight.bias)
+
+
+def _q4_0(values: Tensor) -> Tensor:
+    """Return a ternary matrix after Q4_0, in which one sign of each block loses an eighth."""
+    blocks = values.unflatten(-1, (-1, 32)) if values.shape[1] % 32 == 0 else values.unsqueeze(-2)
     extreme = blocks.gather(-1, blocks.abs().argmax(dim=-1, keepdim=True))
-    distorted = torch.where(blocks * extreme < 0, blocks * 0.875, blocks)
-    return RoundedLinear(distorted.flatten(-2), BY_WEIGHT_TYPE[weight.ggml_id], weight.bias)
+    return torch.where(blocks * extreme < 0, blocks * 0.875, blocks).flatten(-2)
 
 
 PERTURBATIONS = 3
@@ -254,8 +268,10 @@ TRAINING: dict[str, Forward] = {
 }
 """What needs no engine."""
 
+STORED: dict[str, Forward] = {"training with the file's embeddings": Forward(training_linear, stored_embedding=True)}
+"""What an engine is compared with where a file's embeddings are quantised."""
+
 EMULATED: dict[str, Forward] = {
-    "training with the file's embeddings": Forward(training_linear, stored_embedding=True),
     "emulated": Forward(emulated_linear, stored_embedding=True, rounded_head=True, half_cache=True),
     "emulated with float32 cache": Forward(emulated_linear, stored_embedding=True, rounded_head=True),
     "emulated without activation quantisation": Forward(
@@ -263,8 +279,15 @@ EMULATED: dict[str, Forward] = {
     ),
     "emulated with Q4_0": Forward(emulated_q4_0_linear, stored_embedding=True, rounded_head=True, half_cache=True),
 }
-"""What stands for an engine, and what it is told from."""
+"""What stands for llama.cpp, and what it is told from."""
 
-FORWARDS: dict[str, Forward] = TRAINING | EMULATED
+FILE: dict[str, Forward] = {
+    "file": Forward(file_linear, stored_embedding=True),
+    "file without activation quantisation": Forward(emulated_unrounded_linear, stored_embedding=True),
+    "file with Q4_0": Forward(file_q4_0_linear, stored_embedding=True),
+}
+"""What stands for an engine that computes training's own forward of the file's values, and what it is told from."""
+
+FORWARDS: dict[str, Forward] = TRAINING | STORED | EMULATED | FILE
 """What the gate computes, by name. All come from the model directory, and of the file only its tensors' types, so that a wrong file
 cannot widen its own bounds."""

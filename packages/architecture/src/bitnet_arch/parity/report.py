@@ -24,6 +24,7 @@ class ParityBounds:
         training_mean_kl, training_max_kl, training_top1: the engine against training's own forward.
         sure_margin: top-2 margin, in nats, from which on the engine must choose training's token.
         perplexity: largest |ratio - 1| of perplexities against training.
+        exact_perplexity: likewise, of an engine that computes training's own forward.
         activation_ratio: the engine's distance from its emulation as a fraction of its distance from one without activation
             quantisation.
         decidable: that fraction and `end_to_end_off` are judged only where they leave this multiple of the floor, which is what a
@@ -35,6 +36,8 @@ class ParityBounds:
             ternary costs.
         perplexity_cap: what the bound on |ratio - 1| of perplexities widens to: there Q4_0 can look right by chance.
         min_positions: positions that a proof needs.
+        min_foreign: positions that llama.cpp must run for a proof of a file that it can run, where the native engine ran
+            `min_positions`: on 120 every wrong file of `tests` that distributions can tell from the right one is caught.
     """
 
     code_edge: float = 1e-4
@@ -55,12 +58,14 @@ class ParityBounds:
     training_top1: float = 0.98
     sure_margin: float = 0.2
     perplexity: float = 0.002
+    exact_perplexity: float = 0.001
     activation_ratio: float = 0.5
     decidable: float = 3.0
     code_noise: float = 1e-7
     resolution: float = 0.5
     perplexity_cap: float = 0.05
     min_positions: int = 1000
+    min_foreign: int = 100
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,10 @@ def _check(name: str, value: float, op: Literal["<=", ">="], bound: float, withi
     return Check(name, value if finite else None, op, bound if math.isfinite(bound) else 0.0, finite and within, note)
 
 
-MAY_STAY_OPEN = ("packed.activation_ratio", "engine.activation_ratio", "packed.greedy_margin", "training.flip_margin")
+MAY_STAY_OPEN = (
+    *("packed.activation_ratio", "engine.activation_ratio", "native.activation_ratio"),
+    *("packed.greedy_margin", "native.greedy_margin", "training.flip_margin", "native.training_flip_margin"),
+)
 """Checks that a proven file may leave undecided, because others answer what they ask.
 
 The ratios ask whether activations are quantised at all: of packed layers, the codes on identical inputs say so (`layers.*`); of an
@@ -144,12 +152,13 @@ class ParityReport:
     """What was compared and how it went.
 
     Attributes:
-        status: "proven" (an engine that this project did not write ran the file on enough positions, no bound is missed, and all
+        status: "proven" (engines ran the file on enough positions, among them llama.cpp if it can, no bound is missed, and all
             are decided but, at most, those of `MAY_STAY_OPEN`), "unproven" (see `reason`) or "failed" (a bound is missed).
         reason: one sentence; when proven, empty, or what stayed undecided and what quantised embeddings cost.
-        engine: the engine's name, empty if none ran.
-        engine_version: its version.
-        positions: how many next-token distributions were compared.
+        engine: the engine's name, or both engines' with "and" between them; empty if none ran.
+        engine_version: its version, or both.
+        positions: how many next-token distributions were compared, by the engine that gave most; `details["engine_positions"]` has
+            both.
         types: tensor name to type name in the file.
         checks: every figure with its bound.
         measurements: the comparisons behind them, by name.
@@ -185,7 +194,9 @@ class ParityReport:
             values["reason"] = self.reason
         if self.engine:
             values |= {"engine": self.engine, "engine_version": self.engine_version}
-        values |= {key: self.details[key] for key in ("date", "tensors_sha256", "context") if key in self.details}
+        values |= {
+            key: self.details[key] for key in ("date", "tensors_sha256", "context", "engine_positions") if key in self.details
+        }
         for check in self.checks:
             if check.value is not None and check.holds is not None:
                 values |= {f"{check.name}.value": float(check.value), f"{check.name}.bound": check.bound}
