@@ -44,7 +44,7 @@ def matrices(*shapes, granularity="tensor", seed=0):
 @pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
 @pytest.mark.parametrize("tokens", [1, 3, 12])
 def test_results_do_not_depend_on_the_number_of_threads(granularity, tokens):
-    (w,) = matrices((1005, 1000), granularity=granularity)  # 250 KB: enough for several chunks
+    (w,) = matrices((2005, 1000), granularity=granularity)  # 500 KB: enough for several chunks
     x = np.random.default_rng(1).standard_normal((tokens, 1000), dtype=np.float32)
     bitnet_kernels.set_threads(1)
     expected, integers = w.matmul(x), w.matmul_integer(x)
@@ -76,7 +76,7 @@ def test_several_callers_at_once():
     wrong = []
 
     def call(seed):
-        (w,) = matrices((800, 1030), seed=seed)
+        (w,) = matrices((1600, 1030), seed=seed)
         x = np.random.default_rng(seed).standard_normal((2, 1030), dtype=np.float32)
         expected = w.matmul(x)
         for _ in range(100):

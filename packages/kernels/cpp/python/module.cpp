@@ -260,13 +260,15 @@ NB_MODULE(_native, m) {
   m.def("best_isa", [] { return std::string(wf::name_of(wf::best_isa())); });
   m.def("quantize", [](const std::string& isa, Input<float> x) {
     const auto tokens = static_cast<int64_t>(x.shape(0)), columns = static_cast<int64_t>(x.shape(1));
-    wf::OwnedActivations q(kernels(isa), x.data(), tokens, columns);
+    const wf::OwnedActivations q(kernels(isa), x.data(), tokens, columns);
     check_finite(q.bad);
     auto codes = wf::allocate<int8_t>(tokens * columns);
     for (int64_t token = 0; token < tokens; ++token) {
       std::copy_n(q.view.codes + token * q.view.stride, columns, codes.get() + token * columns);
     }
-    return nb::make_tuple(array(std::move(codes), {x.shape(0), x.shape(1)}), array(std::move(q.scales), {x.shape(0), 1}));
+    auto scales = wf::allocate<float>(tokens);
+    std::copy_n(q.view.scales, tokens, scales.get());
+    return nb::make_tuple(array(std::move(codes), {x.shape(0), x.shape(1)}), array(std::move(scales), {x.shape(0), 1}));
   });
   nb::class_<Matrix>(m, "Matrix")
       .def(nb::init<int, const std::string&, Input<uint8_t>, int64_t, int64_t, Input<float>, int>())

@@ -10,6 +10,7 @@
 #include <new>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace wf {
@@ -92,10 +93,10 @@ class Pool {
   std::mutex calls_;  // of who has the workers
   std::vector<std::thread> workers_;
   int asked_ = 0;  // how many of them were wanted when they started: some may not have, which no call tries again
-  std::mutex guard_;  // of `job_`, held for a few instructions
+  std::mutex guard_;  // of the next two and of changes of `epoch_`, held for a few instructions
   std::shared_ptr<Job> job_;
+  bool asleep_ = false;  // a worker sleeps, or is about to, whom nobody has woken since
   std::atomic<bool> stopping_{false};
-  std::atomic<int> sleepers_{0};
   std::atomic<uint32_t> epoch_{0};  // changes with `job_`, and is what workers wait for
 };
 
@@ -110,12 +111,14 @@ void Pool::run(const std::shared_ptr<Job>& job) {
     stop();
     start(others);
   }
+  bool wake;
   {
     const std::lock_guard hold(guard_);
     job_ = job;
+    wake = std::exchange(asleep_, false);  // once: a worker that was woken, but does not run yet, costs the next calls nothing
+    epoch_.fetch_add(1);
   }
-  epoch_.fetch_add(1);
-  if (sleepers_.load() > 0) epoch_.notify_all();
+  if (wake) epoch_.notify_all();
 
   const auto begin = Clock::now();
   int64_t mine = 0;
@@ -134,9 +137,11 @@ void Pool::run(const std::shared_ptr<Job>& job) {
 
 // Waits for the workers' chunks as long as is worth it, then computes what is missing.
 void Pool::help(Job& job, std::chrono::nanoseconds patience) {
-  const auto since = Clock::now();
+  Clock::time_point since{};
   for (int64_t chunk = 0; chunk < job.chunks; ++chunk) {
     auto& state = job.states_[chunk];
+    if (state.load(std::memory_order_acquire) == Job::done) continue;
+    if (since == Clock::time_point{}) since = Clock::now();
     while (state.load(std::memory_order_acquire) == Job::open) {
       if (Clock::now() - since > patience) {
         uint8_t open = Job::open;
@@ -162,9 +167,11 @@ void Pool::work() {
   while (true) {
     for (const auto since = Clock::now(); epoch_.load(std::memory_order_acquire) == seen && Clock::now() - since < kSpin;) pause();
     if (epoch_.load() == seen) {
-      sleepers_.fetch_add(1);
+      {
+        const std::lock_guard hold(guard_);
+        if (epoch_.load() == seen) asleep_ = true;
+      }
       epoch_.wait(seen);
-      sleepers_.fetch_sub(1);
     }
     seen = epoch_.load();
     if (stopping_.load()) return;

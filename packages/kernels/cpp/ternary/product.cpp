@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kTokensForABlock = 4;
 constexpr int64_t kLeastChunk = 128 << 10;    // a new chunk starts without prefetching, which costs half a microsecond
 constexpr int64_t kStreams = 4;                // kernels read as many panels at once
-constexpr int64_t kParallelWork = 192 << 10;  // below, waking a thread costs more than it brings
+constexpr int64_t kParallelWork = 256 << 10;  // below, from the caches, handing over costs a tenth of the product and brings nothing
 
 int64_t work_of(const TernaryMatrix& w, int64_t tokens) { return w.bytes() * (kTokensForABlock + tokens - 1) / kTokensForABlock; }
 
@@ -44,15 +44,17 @@ class ProductJob final : public Job {
   ProductJob(const Kernels& kernels, const std::vector<SharedMatrix>& matrices, std::shared_ptr<const OwnedActivations> x,
              const std::vector<T*>& y)
       : kernels_(kernels), matrices_(matrices), x_(std::move(x)), y_(y) {
+    parts_.reserve(16);
     for (size_t i = 0; i < matrices.size(); ++i) add(i, kMostChunks - static_cast<int64_t>(matrices.size() - 1 - i));
   }
 
   int64_t result_bytes(int64_t chunk) const override {
-    return (parts_[chunk].end - parts_[chunk].begin) * kPanelRows * x_->view.tokens * static_cast<int64_t>(sizeof(T));
+    const Part& part = parts_[static_cast<size_t>(chunk)];
+    return (part.end - part.begin) * kPanelRows * x_->view.tokens * static_cast<int64_t>(sizeof(T));
   }
 
   void compute(int64_t chunk, std::byte* result) const noexcept override {
-    const auto& [matrix, begin, end] = parts_[chunk];
+    const auto& [matrix, begin, end] = parts_[static_cast<size_t>(chunk)];
     const TernaryMatrix& w = matrices_[matrix]->view;
     if (result == nullptr) {
       product(kernels_, w, x_->view, begin, end, y_[matrix], w.rows);
@@ -63,7 +65,7 @@ class ProductJob final : public Job {
   }
 
   void commit(int64_t chunk, const std::byte* result) const noexcept override {
-    const auto& [matrix, begin, end] = parts_[chunk];
+    const auto& [matrix, begin, end] = parts_[static_cast<size_t>(chunk)];
     const TernaryMatrix& w = matrices_[matrix]->view;
     const int64_t rows = slice(w, begin, end).rows;
     const size_t bytes = static_cast<size_t>(rows) * sizeof(T);
@@ -83,7 +85,8 @@ class ProductJob final : public Job {
       if (in_round % a_round == 0) size = ceil_div(std::max(least, (panels - begin) / (2 * a_round)), kStreams) * kStreams;
       const int64_t left = panels - begin;
       const int64_t end = chunks == most - 1 || left < size + least / 2 ? panels : begin + size;
-      parts_[chunks++] = {matrix, begin, end};
+      parts_.push_back({matrix, begin, end});
+      ++chunks;
       begin = end;
     }
   }
@@ -96,7 +99,7 @@ class ProductJob final : public Job {
   std::vector<SharedMatrix> matrices_;
   std::shared_ptr<const OwnedActivations> x_;
   std::vector<T*> y_;
-  std::array<Part, kMostChunks> parts_;
+  std::vector<Part> parts_;
 };
 
 template <typename T>
@@ -123,19 +126,21 @@ int64_t multiply_as(const Kernels& kernels, const std::vector<SharedMatrix>& mat
 
 OwnedActivations::OwnedActivations(const Kernels& kernels, const float* x, int64_t tokens, int64_t columns) {
   const int64_t stride = ceil_div(columns, 64) * 64, groups = ceil_div(columns, kGroup);
-  codes = allocate<int8_t>(tokens * stride);
-  scales = allocate<float>(tokens);
-  sums = allocate<int32_t>(tokens * groups);
+  memory_.reset(new std::byte[static_cast<size_t>(63 + tokens * (stride + 4 + 4 * groups))]);
+  const auto aligned = (reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64;
+  auto* codes = reinterpret_cast<int8_t*>(aligned);
+  auto* scales = reinterpret_cast<float*>(codes + tokens * stride);
+  auto* sums = reinterpret_cast<int32_t*>(scales + tokens);
   for (int64_t token = 0; token < tokens; ++token) {
-    int8_t* of_token = codes.get() + token * stride;
-    if (!kernels.quantize(x + token * columns, columns, stride, of_token, scales.get() + token, sums.get() + token * groups)) {
+    int8_t* of_token = codes + token * stride;
+    if (!kernels.quantize(x + token * columns, columns, stride, of_token, scales + token, sums + token * groups)) {
       std::memset(of_token, 0, static_cast<size_t>(stride));
-      std::fill_n(sums.get() + token * groups, groups, 0);
+      std::fill_n(sums + token * groups, groups, 0);
       scales[token] = std::numeric_limits<float>::quiet_NaN();
       if (bad < 0) bad = token;
     }
   }
-  view = {codes.get(), scales.get(), sums.get(), tokens, stride};
+  view = {codes, scales, sums, tokens, stride};
 }
 
 int64_t multiply(const Kernels& kernels, const std::vector<SharedMatrix>& matrices, const float* x, int64_t tokens,

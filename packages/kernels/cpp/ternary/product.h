@@ -1,6 +1,7 @@
 // Products on the threads of the pool: activations are quantised once, and multiplied with one matrix or several.
 #pragma once
 
+#include <cstddef>
 #include <memory>
 #include <vector>
 
@@ -18,14 +19,15 @@ struct OwnedMatrix {
 using SharedMatrix = std::shared_ptr<const OwnedMatrix>;
 
 // Quantised activations that own their memory.
-struct OwnedActivations {
-  Buffer<int8_t> codes;
-  Buffer<float> scales;
-  Buffer<int32_t> sums;
+class OwnedActivations {
+ public:
   Activations view;
   int64_t bad = -1;  // the first token that holds a NaN or an infinity: all its products are NaN
 
   OwnedActivations(const Kernels& kernels, const float* x, int64_t tokens, int64_t columns);
+
+ private:
+  std::unique_ptr<std::byte[]> memory_;  // one for all, aligned here: asking for it often costs as much as a small product
 };
 
 // y[i] = x · matrix[i]ᵀ, float32 [tokens, rows], for float32 x [tokens, columns]. Matrices have the same number of columns.
