@@ -11,6 +11,7 @@
 
 #include "runtime/decoder.h"
 #include "runtime/sampler.h"
+#include "ternary/pool.h"
 
 struct wf_engine {
   std::unique_ptr<wf::Decoder> decoder;
@@ -55,12 +56,17 @@ wf_status status_of(const wf::Result<T>& result) noexcept {
 
 }  // namespace
 
+int32_t wf_version(void) { return WF_ENGINE_VERSION; }
+
 const char* wf_error_text(void) { return last_error; }
 
 wf_status wf_open(const char* path, const wf_options* options, wf_engine** engine) {
   if (path == nullptr || engine == nullptr) return missing();
   *engine = nullptr;
   return guarded([&] {
+    if (const char* value = wf::bad_threads_variable()) {
+      return fail(WF_BAD_ARGUMENT, ("WF_THREADS: from 1 to 64 threads are possible, not '" + wf::quoted(value) + "'").c_str());
+    }
     wf::DecoderOptions wanted;
     if (options != nullptr) {
       wanted.slots = options->slots == 0 ? 1 : options->slots;
@@ -112,6 +118,35 @@ wf_status wf_step(wf_engine* engine, const wf_sequence* sequences, int64_t count
   });
 }
 
+wf_status wf_step_text(wf_engine* engine, int64_t slot, const char* text, wf_tokenize tokenize, void* context, float* logits,
+                       int64_t* count) {
+  if (engine == nullptr || text == nullptr || tokenize == nullptr) return missing();
+  return guarded([&] {
+    const auto held = engine->decoder->length(slot);
+    if (!held) return fail(held.error());
+    const int64_t room = engine->decoder->context() - *held;
+    std::vector<int32_t> tokens(static_cast<size_t>(room));
+    const int64_t found = tokenize(context, text, tokens.data(), room);
+    if (found < 0) return fail(WF_BAD_ARGUMENT, "the tokenizer cannot tell the tokens of the text");
+    if (found > room) return fail(WF_CONTEXT_FULL, "the text has more tokens than the slot has room for: shorten it");
+    const wf::Sequence sequence{slot, {tokens.data(), static_cast<size_t>(found)}};
+    const auto step = engine->decoder->step({&sequence, 1}, logits == nullptr ? wf::Rows::none : wf::Rows::last, logits);
+    if (step && count != nullptr) *count = found;
+    return status_of(step);
+  });
+}
+
+wf_status wf_log_probabilities(float* logits, int64_t rows, int64_t count) {
+  if (logits == nullptr && rows > 0) return missing();
+  if (rows < 0 || count < 1) return fail(WF_BAD_ARGUMENT, "there are no logits");
+  return guarded([&] {
+    for (int64_t row = 0; row < rows; ++row) {
+      if (const auto error = wf::log_probabilities(logits + row * count, count)) return fail(*error);
+    }
+    return WF_OK;
+  });
+}
+
 void wf_cancel(wf_engine* engine) {
   if (engine != nullptr) engine->decoder->cancel();
 }
@@ -133,6 +168,14 @@ wf_status wf_truncate(wf_engine* engine, int64_t slot, int64_t length) {
 wf_status wf_copy(wf_engine* engine, int64_t from, int64_t to, int64_t length) {
   if (engine == nullptr) return missing();
   return guarded([&] { return status_of(engine->decoder->copy(from, to, length)); });
+}
+
+wf_status wf_set_threads(int32_t count) {
+  if (count < 1 || count > wf::kMostThreads) return fail(WF_BAD_ARGUMENT, "from 1 to 64 threads are possible");
+  return guarded([&] {
+    wf::set_threads(count);
+    return WF_OK;
+  });
 }
 
 wf_status wf_statistics(const wf_engine* engine, wf_stats* stats) {

@@ -4,7 +4,8 @@
  * and none aborts: after any error, out of memory and cancellation included, the engine is as it was before the call. One thread at a
  * time may use an engine, except for wf_cancel, which any may call, any time.
  *
- * Tokens are numbers: the tokenizer of a file is the caller's. */
+ * Tokens are numbers: the tokenizer of a file is the caller's, which wf_step_text calls. Products run on as many threads as the
+ * environment variable WF_THREADS says, else OMP_NUM_THREADS, else the process has processors; results do not depend on it. */
 #ifndef WF_ENGINE_H
 #define WF_ENGINE_H
 
@@ -20,6 +21,9 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+/* Of this header; another one means that programs have to be compiled anew. */
+#define WF_ENGINE_VERSION 1
 
 typedef struct wf_engine wf_engine;
 
@@ -76,10 +80,13 @@ typedef struct wf_sampler {
   uint64_t seed;
 } wf_sampler;
 
+/* WF_ENGINE_VERSION of the library: compare it with the header's. */
+WF_API int32_t wf_version(void);
+
 /* What was wrong in this thread's last call that failed. */
 WF_API const char* wf_error_text(void);
 
-/* Opens a GGUF file; `options` may be null. */
+/* Opens a GGUF file; `options` may be null. A WF_THREADS that is no number from 1 to 64 is an error. */
 WF_API wf_status wf_open(const char* path, const wf_options* options, wf_engine** engine);
 WF_API void wf_close(wf_engine* engine);
 WF_API wf_status wf_about(const wf_engine* engine, wf_info* info);
@@ -87,6 +94,17 @@ WF_API wf_status wf_about(const wf_engine* engine, wf_info* info);
 /* Appends tokens to slots, each of which may appear once. Results are float32, in the sequences' order, of every sequence's last token
  * or of all tokens: `logits` [rows, vocabulary] and `hidden` [rows, width], what the head reads; either may be null. */
 WF_API wf_status wf_step(wf_engine* engine, const wf_sequence* sequences, int64_t count, int32_t rows, float* logits, float* hidden);
+
+/* A tokenizer of the caller's: writes at most `capacity` tokens of a text to `tokens`, and returns how many the text has, which may be
+ * more, or a negative number if it has none that can be told. */
+typedef int64_t (*wf_tokenize)(void* context, const char* text, int32_t* tokens, int64_t capacity);
+
+/* Appends the tokens of a text to a slot; `logits` [vocabulary] of the last one and `count` of tokens may be null. */
+WF_API wf_status wf_step_text(wf_engine* engine, int64_t slot, const char* text, wf_tokenize tokenize, void* context, float* logits,
+                              int64_t* count);
+
+/* Turns logits [rows, count] into logarithms of probabilities, in place. */
+WF_API wf_status wf_log_probabilities(float* logits, int64_t rows, int64_t count);
 
 /* Makes the step that runs, or else the next one, return WF_CANCELLED. */
 WF_API void wf_cancel(wf_engine* engine);
@@ -97,6 +115,9 @@ WF_API wf_status wf_length(const wf_engine* engine, int64_t slot, int64_t* lengt
 WF_API wf_status wf_truncate(wf_engine* engine, int64_t slot, int64_t length);
 /* Lets a slot begin with the first `length` tokens of another one, instead of what it holds. */
 WF_API wf_status wf_copy(wf_engine* engine, int64_t from, int64_t to, int64_t length);
+
+/* Lets products of the whole process run on 1 to 64 threads from here on. */
+WF_API wf_status wf_set_threads(int32_t count);
 
 /* Since the engine was opened. */
 WF_API wf_status wf_statistics(const wf_engine* engine, wf_stats* stats);

@@ -14,5 +14,7 @@ mkdir -p "$corpus/../crashes"
 mapfile -t sources < <(ls "$cpp"/capi/*.cpp "$cpp"/runtime/*.cpp "$cpp"/ternary/*.cpp | grep -Ev '/([a-z_]+_)?(avx[a-z0-9]*|neon|dotprod|i8mm)\.cpp$')
 "${CLANGXX:-clang++-19}" -std=c++20 -O2 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -ffp-contract=off -pthread \
   -I "$cpp" "$cpp/fuzz/gguf_fuzz.cpp" "${sources[@]}" -o "$build/fuzz"
-WF_THREADS=1 "$build/fuzz" -max_total_time="$seconds" -max_len=200000 -rss_limit_mb=2048 -malloc_limit_mb=512 -timeout=10 -print_final_stats=1 \
+# Keys and values of a long context are allocated at once, but take no memory until they are written: only what is used is limited.
+export WF_THREADS=1 ASAN_OPTIONS=allocator_may_return_null=1:max_allocation_size_mb=8192
+time "$build/fuzz" -max_total_time="$seconds" -max_len=200000 -rss_limit_mb=2048 -malloc_limit_mb=1000000 -timeout=20 -print_final_stats=1 \
   -artifact_prefix="$corpus/../crashes/" "$@" "$corpus"

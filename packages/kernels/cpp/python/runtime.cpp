@@ -144,8 +144,9 @@ class Engine {
     return found;
   }
 
-  // Returns logits, or what the head reads.
-  Array2 step(const std::vector<std::pair<int64_t, std::vector<int32_t>>>& sequences, int rows, bool bidirectional, bool hidden) {
+  // Returns logits (0), what the head reads (1), or logarithms of probabilities (2).
+  Array2 step(const std::vector<std::pair<int64_t, std::vector<int32_t>>>& sequences, int rows, bool bidirectional, int output) {
+    const bool hidden = output == 1;
     std::vector<wf_sequence> wanted;
     int64_t count = 0;
     for (const auto& [slot, tokens] : sequences) {
@@ -160,6 +161,7 @@ class Engine {
       const nb::gil_scoped_release others_may_run;
       float *logits = hidden ? nullptr : results.get(), *states = hidden ? results.get() : nullptr;
       status = wf_step(engine_, wanted.data(), static_cast<int64_t>(wanted.size()), rows, logits, states);
+      if (status == WF_OK && output == 2) status = wf_log_probabilities(logits, count, width);
     }
     check(status);
     return matrix(std::move(results), count, width);

@@ -280,6 +280,7 @@ std::vector<bool> booleans(const Array& array) {
 
 Result<std::shared_ptr<const MappedFile>> MappedFile::open(const std::string& path) {
   const auto fail = [&](const char* why) { return Error{Kind::file, path + " cannot be read (" + why + ")"}; };
+  const std::shared_ptr<MappedFile> made(new MappedFile(nullptr, 0));  // before there is anything that could leak
   const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (file < 0) return fail(std::strerror(errno));
   struct stat about = {};
@@ -292,13 +293,18 @@ Result<std::shared_ptr<const MappedFile>> MappedFile::open(const std::string& pa
   void* address = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file, 0);
   const int failure = errno;
   ::close(file);
+  if (address == MAP_FAILED && failure == ENOMEM) throw std::bad_alloc();
   if (address == MAP_FAILED) return fail(std::strerror(failure));
-  return std::shared_ptr<const MappedFile>(new MappedFile(address, size));
+  made->address_ = address;
+  made->size_ = size;
+  return std::shared_ptr<const MappedFile>(made);
 }
 
 void MappedFile::forget() const { madvise(address_, size_, MADV_DONTNEED); }
 
-MappedFile::~MappedFile() { munmap(address_, size_); }
+MappedFile::~MappedFile() {
+  if (address_ != nullptr) munmap(address_, size_);
+}
 
 std::string quoted(std::string_view text) {
   std::string shown(text.substr(0, 60));

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 #include <system_error>
@@ -239,6 +240,14 @@ Pool& pool() {
 }  // namespace
 
 int threads() { return wanted_threads(); }
+
+const char* bad_threads_variable() {
+  const char* value = std::getenv("WF_THREADS");
+  if (value == nullptr || *value == 0) return nullptr;
+  const bool digits = std::all_of(value, value + std::strlen(value), [](char c) { return c >= '0' && c <= '9'; });
+  const long count = digits ? std::strtol(value, nullptr, 10) : 0;
+  return count >= 1 && count <= kMostThreads ? nullptr : value;
+}
 
 void set_threads(int count) { pool().resize(std::clamp(count, 1, kMostThreads)); }
 

@@ -47,6 +47,8 @@ class Job {
 // How many threads compute, the caller's included: at first WF_THREADS, else OMP_NUM_THREADS, else the number of processors that
 // this process may use. With 1 there are no others. Any thread may call.
 int threads();
+// The value of WF_THREADS if it is no number of threads; null if it is one, empty or absent.
+const char* bad_threads_variable();
 void set_threads(int count);  // from 1 to kMostThreads; waits for a job that runs
 constexpr int kMostThreads = 64;
 

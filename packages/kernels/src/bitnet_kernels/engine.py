@@ -6,9 +6,10 @@ architectures `bitnet`, `bitnet-25`, `bitnet-b1.58`, `llama`, `qwen2`, `qwen3` a
 """
 
 import os
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,19 @@ Cache = Literal["f32", "f16", "int8"]
 _CACHES: tuple[Cache, ...] = ("f32", "f16", "int8")
 _ROWS: tuple[Rows, ...] = ("none", "last", "all")
 PREFILL = 256
-"""Tokens of a prompt that `generate` gives to a step: between steps it can be interrupted."""
+"""Tokens of a prompt that `prefill` gives to a step: between steps it can be interrupted."""
+_LOGITS, _HIDDEN, _LOG_PROBABILITIES = range(3)
+_BLOCK = -1  # stands for a token that saw later ones, after which nothing can be shared
+
+
+class Tokenizer(Protocol):
+    """What an engine needs of a tokenizer; those of transformers have it (`bitnet_arch.gguf.tokenizer_from_gguf`)."""
+
+    def encode(self, text: str, /) -> Sequence[int]:
+        """Return a text's tokens."""
+
+    def decode(self, tokens: list[int], /) -> str:
+        """Return the text of tokens."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +54,9 @@ class Statistics:
 class Engine:
     """A model in memory, with slots for sequences.
 
-    A slot holds the tokens of one sequence, and what the model has computed of them. What a step returns of a token depends on its
-    own sequence alone: not on the other slots, on how a prompt is cut into steps, or on the number of threads.
+    A slot holds the tokens of one sequence, and what the model has computed of them: texts that begin alike share that (`prefill`).
+    What a step returns of a token depends on its own sequence alone: not on the other slots, on how a prompt is cut into steps, or
+    on the number of threads.
 
     Attributes:
         architecture: the file's `general.architecture`.
@@ -54,9 +68,18 @@ class Engine:
         mask_token: of a diffusion model, else None.
         block_size: of a diffusion model that decodes in blocks, else None.
         token_shift: whether a diffusion model reads token i from position i - 1.
+        tokenizer: what turns texts into tokens and back, None where texts are not needed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, slots: int = 1, context: int | None = None, cache: Cache = "f32") -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        slots: int = 1,
+        context: int | None = None,
+        cache: Cache = "f32",
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         """Open a GGUF file, with the instruction set that `bitnet_kernels.isa()` names.
 
         Args:
@@ -65,6 +88,7 @@ class Engine:
             context: tokens that a slot can hold; None for as many as the model can.
             cache: what keys and values are kept in. With "f32" logits are those of training's forward; "f16" takes half of the
                 memory and "int8" (a scale a vector) a quarter, and attention is faster.
+            tokenizer: lets prompts be texts.
 
         Raises:
             ValueError: if the file is missing, damaged or no model that the decoder runs, or an option cannot be.
@@ -79,7 +103,9 @@ class Engine:
         if slots < 1 or (context is not None and context < 1):
             raise ValueError(f"slots and context must be at least 1, not {slots} and {context}")
         self._engine = _native.Engine(os.fspath(path), slots, context or 0, _CACHES.index(cache), isa())
-        self._owners: dict[int, object] = {}  # slot to the iterator of `generate` whose text it holds
+        self._owners: dict[int, object] = {}  # slot to the iterator whose text it holds
+        self._held: list[list[int]] = [[] for _ in range(slots)]
+        self.tokenizer = tokenizer
         about = self._engine.about()
         self.architecture: str = about["architecture"]
         self.layers: int = about["layers"]
@@ -109,23 +135,33 @@ class Engine:
             ValueError: for a slot or token that is none, a full context, or numbers that are not finite. Slots are as they were.
             InterruptedError: if `cancel` was called. Slots are as they were.
         """
-        return self._step(sequences, rows, bidirectional, hidden=False)
+        return self._step(sequences, rows, bidirectional, _LOGITS)
+
+    def log_probabilities(
+        self, sequences: Mapping[int, Sequence[int]], *, rows: Rows = "last", bidirectional: bool = False
+    ) -> NDArray[np.float32]:
+        """Append tokens as `step` does and return natural logarithms of probabilities, float32 `[rows, vocabulary]`.
+
+        They are log-softmax of the logits, summed in double precision and rounded once.
+        """
+        return self._step(sequences, rows, bidirectional, _LOG_PROBABILITIES)
 
     def hidden_states(
         self, sequences: Mapping[int, Sequence[int]], *, rows: Rows = "last", bidirectional: bool = False
     ) -> NDArray[np.float32]:
         """Append tokens as `step` does and return what the head reads, float32 `[rows, width]`."""
-        return self._step(sequences, rows, bidirectional, hidden=True)
+        return self._step(sequences, rows, bidirectional, _HIDDEN)
 
-    def _step(self, sequences: Mapping[int, Sequence[int]], rows: Rows, bidirectional: bool, hidden: bool) -> NDArray[np.float32]:
+    def _step(self, sequences: Mapping[int, Sequence[int]], rows: Rows, bidirectional: bool, output: int) -> NDArray[np.float32]:
         if rows not in _ROWS:
             raise ValueError(f"rows must be none, last or all, not {rows!r}")
         for slot, tokens in sequences.items():
             self._check(slot, tokens)
         given = [(int(slot), [int(token) for token in tokens]) for slot, tokens in sequences.items()]
-        results: NDArray[np.float32] = self._engine.step(given, _ROWS.index(rows), bidirectional, hidden)
-        for slot, _ in given:
+        results: NDArray[np.float32] = self._engine.step(given, _ROWS.index(rows), bidirectional, output)
+        for slot, tokens in given:
             self._owners.pop(slot, None)
+            self._held[slot] += [_BLOCK] * len(tokens) if bidirectional else tokens
         return results
 
     def _check(self, slot: int, tokens: Sequence[int]) -> None:
@@ -144,9 +180,34 @@ class Engine:
         self.truncate(slot, 0)
         return self.step({slot: tokens}, rows="all")
 
+    def prefill(self, tokens: Sequence[int], *, slot: int = 0) -> int:
+        """Let a slot hold exactly these tokens, computing only those that no slot holds after the same beginning.
+
+        Returns:
+            How many tokens were computed.
+
+        Raises:
+            ValueError: as `step`.
+        """
+        self._check(slot, tokens)
+        source = max(range(self.slots), key=lambda other: (self._shared(other, tokens), other == slot))
+        kept = self._shared(source, tokens)
+        if source == slot:
+            self.truncate(slot, kept)
+        else:
+            self.copy(source, slot, kept)
+        for start in range(kept, len(tokens), PREFILL):
+            self.step({slot: tokens[start : start + PREFILL]}, rows="none")
+        return len(tokens) - kept
+
+    def _shared(self, slot: int, tokens: Sequence[int]) -> int:
+        """Return how many tokens a slot holds that these begin with, too."""
+        pairs = enumerate(zip(self._held[slot], tokens, strict=False))
+        return next((at for at, (held, token) in pairs if held != token), min(len(self._held[slot]), len(tokens)))
+
     def generate(
         self,
-        prompt: Sequence[int],
+        prompt: str | Sequence[int],
         max_tokens: int,
         *,
         temperature: float = 0.0,
@@ -156,10 +217,10 @@ class Engine:
         stop: Collection[int] = (),
         slot: int = 0,
     ) -> Iterator[int]:
-        """Return an iterator over the tokens that continue a prompt, in a slot that the first of them empties.
+        """Return an iterator over the tokens that continue a prompt, in a slot of which it keeps what begins alike.
 
         Args:
-            prompt: at least one token.
+            prompt: at least one token, or with a tokenizer a text.
             max_tokens: how many tokens to generate at most.
             temperature: 0 takes the most probable token.
             top_k: draws from so many of the most probable tokens; 0 from all.
@@ -173,41 +234,98 @@ class Engine:
                 diffusion model, which does not write from left to right. The iterator raises it, too, if its slot was used by
                 anything else in between.
         """
+        self._check(slot, ())
+        tokens = self._prompt(prompt, max_tokens)
+        options = _Options(temperature, top_k, top_p, seed, frozenset(stop))
+        return (token for _, token in self._continue([tokens], max_tokens, options, [slot]))
+
+    def generate_many(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Collection[int] = (),
+    ) -> Iterator[tuple[int, int]]:
+        """Return an iterator over the tokens that continue several prompts, each with the number of its prompt.
+
+        As many texts as there are slots are decoded together, each in one; the next begins where one has ended. Prompt i gets the
+        text that `generate` gives with the seed `seed + i`.
+
+        Args:
+            prompts: as in `generate`, as all that follow.
+            max_tokens: of each text.
+            temperature: see there.
+            top_k: see there.
+            top_p: see there.
+            seed: of the first prompt.
+            stop: see there.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        tokens = [self._prompt(prompt, max_tokens) for prompt in prompts]
+        options = _Options(temperature, top_k, top_p, seed, frozenset(stop))
+        if seed + len(prompts) > 2**64:
+            raise ValueError(f"seed is {seed}: with {len(prompts)} prompts it must be at most {2**64 - len(prompts)}")
+        return self._continue(tokens, max_tokens, options, list(range(self.slots)))
+
+    def complete(self, prompt: str | Sequence[int], max_tokens: int, **options: Any) -> str:
+        """Return the text that continues a prompt; `options` are those of `generate`.
+
+        Raises:
+            ValueError: as `generate`, or without a tokenizer.
+        """
+        return self._tokenizer().decode(list(self.generate(prompt, max_tokens, **options)))
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("the engine has no tokenizer, which texts need: give it one, or give and take tokens")
+        return self.tokenizer
+
+    def _prompt(self, prompt: str | Sequence[int], max_tokens: int) -> list[int]:
+        """Return a prompt's tokens, if so many can follow them."""
         if self.mask_token is not None:
             raise ValueError("the file holds a diffusion model, which does not write from left to right: decode it in blocks")
-        if not prompt or max_tokens < 1:
-            raise ValueError(f"a prompt and max_tokens of at least 1 are needed, not {len(prompt)} and {max_tokens}")
-        if len(prompt) + max_tokens - 1 > self.context:
+        tokens = list(self._tokenizer().encode(prompt) if isinstance(prompt, str) else prompt)
+        if not tokens or max_tokens < 1:
+            raise ValueError(f"a prompt and max_tokens of at least 1 are needed, not {len(tokens)} and {max_tokens}")
+        if len(tokens) + max_tokens - 1 > self.context:
             raise ValueError(
-                f"a prompt of {len(prompt)} tokens and {max_tokens} more do not fit the context of {self.context}: "
+                f"a prompt of {len(tokens)} tokens and {max_tokens} more do not fit the context of {self.context}: "
                 "shorten one of them"
             )
-        self._check(slot, prompt)
-        _sample(np.zeros(1, np.float32), temperature, top_k, top_p, seed, 0)
-        return self._continue(list(prompt), max_tokens, (temperature, top_k, top_p, seed), frozenset(stop), slot)
+        self._check(0, tokens)
+        return tokens
 
-    def _continue(
-        self, tokens: list[int], count: int, options: tuple[float, int, float, int], stop: frozenset[int], slot: int
-    ) -> Iterator[int]:
-        owner = object()
-
-        def step(given: list[int], rows: Rows) -> NDArray[np.float32]:
-            if self._owners.get(slot) is not owner:
-                raise ValueError(f"slot {slot} was used while a text was generated in it: give every text a slot of its own")
-            logits = self.step({slot: given}, rows=rows)
-            self._owners[slot] = owner
-            return logits
-
-        self.truncate(slot, 0)
-        self._owners[slot] = owner
-        for start in range(0, len(tokens) - 1, PREFILL):
-            step(tokens[start : min(start + PREFILL, len(tokens) - 1)], "none")
-        token = tokens[-1]
-        for index in range(count):
-            token = _sample(step([token], "last")[0], *options, index)
-            if token in stop:
-                return
-            yield token
+    def _continue(self, prompts: list[list[int]], count: int, options: "_Options", free: list[int]) -> Iterator[tuple[int, int]]:
+        """Yield pairs of a prompt's number and a token, of texts in slots that are free for them."""
+        owner, waiting = object(), deque(range(len(prompts)))
+        running: dict[int, tuple[int, int, int]] = {}  # slot to prompt, its text's last token, and how many that has
+        while waiting or running:
+            while waiting and free:
+                text = waiting.popleft()
+                slot = max(free, key=lambda slot: self._shared(slot, prompts[text]))
+                free.remove(slot)
+                self.prefill(prompts[text][:-1], slot=slot)
+                self._owners[slot] = owner
+                running[slot] = (text, prompts[text][-1], 0)
+            for slot in running:
+                if self._owners.get(slot) is not owner:
+                    raise ValueError(f"slot {slot} was used while a text was generated in it: give every text a slot of its own")
+            logits = self.step({slot: [token] for slot, (_, token, _) in running.items()})
+            self._owners |= dict.fromkeys(running, owner)
+            for (slot, (text, _, index)), row in zip(list(running.items()), logits, strict=True):
+                token = options.draw(row, text, index)
+                running[slot] = (text, token, index + 1)
+                if token in options.stop or index + 1 == count:
+                    del running[slot]
+                    free.append(slot)
+                if token not in options.stop:
+                    yield text, token
 
     def length(self, slot: int = 0) -> int:
         """Return how many tokens a slot holds."""
@@ -221,6 +339,7 @@ class Engine:
         """
         self._engine.truncate(slot, length)
         self._owners.pop(slot, None)
+        del self._held[slot][length:]
 
     def copy(self, source: int, to: int, length: int) -> None:
         """Let slot `to` begin with the first `length` tokens of slot `source`, instead of what it holds: a prefix that texts share.
@@ -230,6 +349,7 @@ class Engine:
         """
         self._engine.copy(source, to, length)
         self._owners.pop(to, None)
+        self._held[to] = self._held[source][:length]
 
     def cancel(self) -> None:
         """Make the step that runs in another thread, or else the next one, end with `InterruptedError`."""
@@ -241,7 +361,15 @@ class Engine:
         return Statistics(steps, tokens, nanoseconds / 1e9)
 
 
-def _sample(logits: NDArray[np.float32], temperature: float, top_k: int, top_p: float, seed: int, index: int) -> int:
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed is {seed}: it must be from 0 to 2^64 - 1")
-    return _native.sample(logits, temperature, top_k, top_p, seed, index)
+class _Options:
+    """How tokens are drawn, checked."""
+
+    def __init__(self, temperature: float, top_k: int, top_p: float, seed: int, stop: frozenset[int]) -> None:
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed is {seed}: it must be from 0 to 2^64 - 1")
+        self._sampler, self._seed, self.stop = (temperature, top_k, top_p), seed, stop
+        self.draw(np.zeros(1, np.float32), 0, 0)
+
+    def draw(self, logits: NDArray[np.float32], text: int, index: int) -> int:
+        """Return the token of a text that is its `index`th draw."""
+        return _native.sample(logits, *self._sampler, self._seed + text, index)

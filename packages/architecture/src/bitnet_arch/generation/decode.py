@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from bitnet_arch.bitlinear import constant_weights
 from bitnet_arch.diffusion import DiffusionForm, diffusion_of
 from bitnet_arch.errors import UserError
-from bitnet_arch.generation.forwards import CACHES, Forwards
+from bitnet_arch.generation.forwards import CACHES, BlockForwards, Forwards
 from bitnet_arch.generation.sampling import accept, propose
 
 
@@ -118,7 +118,39 @@ def decode(
     form = diffusion_of(model.config)
     if form is None:
         raise UserError("the model is no diffusion model (its configuration has no 'diffusion'): train it with training=dlm")
-    length, context = len(prompt), model.config.max_position_embeddings
+
+    def forwards(tokens: Tensor, block_size: int) -> BlockForwards:
+        return Forwards(model, form, tokens, block_size, options.cache)
+
+    with constant_weights(model):
+        return decode_blocks(forwards, form, model.config.max_position_embeddings, prompt, options, ends=ends, emit=emit)
+
+
+def decode_blocks(
+    forwards: Callable[[Tensor, int], BlockForwards],
+    form: DiffusionForm,
+    context: int,
+    prompt: Tensor,
+    options: DecodeOptions,
+    *,
+    ends: Collection[int] = (),
+    emit: Callable[[list[int]], None] | None = None,
+) -> Decoded:
+    """Continue a prompt with whatever computes a block's logits.
+
+    Args:
+        forwards: makes that of a text's tokens `[1, T]` and block size.
+        form: how the model diffuses.
+        context: positions that it has.
+        prompt: as in `decode`, as all that follow.
+        options: see there; its `cache` is for who makes `forwards`.
+        ends: see there.
+        emit: see there.
+
+    Raises:
+        UserError: as `decode`.
+    """
+    length = len(prompt)
     if length == 0:
         raise UserError("the prompt is empty: give some text to continue")
     if length >= context:
@@ -130,12 +162,11 @@ def decode(
     total = min(-(-limit // block_size) * block_size, context)
     tokens = torch.full((1, total), form.mask_token_id, dtype=torch.int64, device=prompt.device)
     tokens[0, :length] = prompt
-    with constant_weights(model):
-        return _decode(Forwards(model, form, tokens, block_size, options.cache), form, length, limit, options, ends, emit)
+    return _decode(forwards(tokens, block_size), form, length, limit, options, ends, emit)
 
 
 def _decode(
-    forwards: Forwards,
+    forwards: BlockForwards,
     form: DiffusionForm,
     length: int,
     limit: int,

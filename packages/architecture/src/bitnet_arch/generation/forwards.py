@@ -6,6 +6,7 @@ the sub-block that is being filled, which do change as their neighbours are fill
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,24 @@ class Cost:
 
     forwards: int = 0
     positions: int = 0
+
+
+class BlockForwards(Protocol):
+    """What decoding asks of a model: `Forwards`, or an engine's."""
+
+    tokens: Tensor
+    block_size: int
+    cost: Cost
+
+    def finish(self, end: int) -> None:
+        """Take the tokens before `end` as final."""
+
+    @property
+    def next_logits(self) -> Tensor | None:
+        """Logits `[1, V]` of the first token that is not final, if they are known."""
+
+    def logits(self, end: int, sub_start: int, sub_end: int) -> Tensor:
+        """Return logits `[sub_end - sub_start, V]` of a sub-block of the block that ends at `end`."""
 
 
 class Forwards:
