@@ -24,12 +24,14 @@ from bitnet_arch.lrc.adapters import as_stored
 from bitnet_arch.lrc.model import start_lrc
 from bitnet_arch.modeling import form_of
 from bitnet_arch.packed import PackedBitLinearLRC
-from bitnet_arch.parity import FORWARDS, EngineInfo, ParityBounds, emulated_model, no_engine, run_gate
+from bitnet_arch.parity import FORWARDS, EngineInfo, ParityBounds, emulated_model, native_engine, no_engine, run_gate
 from bitnet_arch.parity.forwards import TRAINING
 from bitnet_arch.parity.gate import stored_types
 from bitnet_arch.parity.stream import LayerStream
 from bitnet_arch.testing import tiny_bitnet, tiny_tokenizer, train_tiny
 from transformers import (
+    BitNetConfig,
+    BitNetForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -466,3 +468,145 @@ def test_a_correction_gives_back_the_same_file(tmp_path):
     export_gguf(tmp_path / "again", tmp_path / "two.gguf")
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
     assert any(isinstance(module, PackedBitLinear) for module in from_gguf(tmp_path / "two.gguf").modules())
+
+
+# ---- the native engine
+
+
+def native_gate(directory, path, windows, **options):
+    return run_gate(directory, path, native_engine(path, LENGTH), windows, BOUNDS, **options)
+
+
+def show_native(name, report):
+    off = report.measurements["activation quantisation off"]["mean_kl"]
+    print(f"{name}: KL {report.measurements['native against the file']['mean_kl']:.1e} of {off:.1e}; {report.failed_checks()}")
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_the_native_engine_computes_every_stock_architecture(family, trained, windows, tmp_path):
+    export_gguf(trained(family), tmp_path / "out.gguf", "q2_0")
+    report = native_gate(trained(family), tmp_path / "out.gguf", windows)
+    show_native(family, report)
+    assert (report.status, report.failed_checks()) == ("unproven", [])
+    assert report.reason.startswith("llama.cpp could run the file and has not")
+    assert set(report.undecided_checks()) <= {"native.activation_ratio", "packed.activation_ratio"}
+
+
+def test_i2_s_is_proven_by_the_native_engine(trained, windows, tmp_path):
+    export_gguf(trained("bitnet"), tmp_path / "out.gguf", "i2_s")
+    report = native_gate(trained("bitnet"), tmp_path / "out.gguf", windows)
+    assert (report.status, report.failed_checks(), report.engine) == ("proven", [], "native (bitnet_kernels)")
+    assert report.measurements["file against training"]["mean_kl"] < 1e-6  # its scales are float32: embeddings alone are rounded
+
+
+ODD = SHAPE | {"hidden_size": 96, "intermediate_size": 224, "num_attention_heads": 6}
+"""Rows that no block of 256, 128 or 64 divides, and vectors that no register's width does."""
+ODD_MAKERS = {
+    "bitnet-relu2": lambda: BitNetForCausalLM(BitNetConfig(**ODD, hidden_act="relu2", tie_word_embeddings=True)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**ODD, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**ODD, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**ODD, head_dim=20)),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**ODD | GEMMA_LAYERS, head_dim=20, query_pre_attn_scalar=20, final_logit_softcapping=5.0)
+    ),
+}
+ODD_FORMS = FORMS | {
+    "none": {"norm": "none"},
+    "subln-rotated": {"norm": "subln", "rotation": True, "gain": "one"},
+    "none-groups": {"norm": "none", "granularity": "group128"},
+}
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """Makes the directory of a briefly trained model of our own architecture, by family and form, and its file."""
+    made = {}
+
+    def make(family, form):
+        if (family, form) not in made:
+            torch.manual_seed(0)
+            config = ConversionConfig(**ODD_FORMS[form])
+            model = convert_model(ODD_MAKERS[family]().float().eval(), config)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "norm" in name or name.endswith("bias"):
+                        parameter.add_(0.3 * torch.randn_like(parameter))
+            folder = tmp_path_factory.mktemp(family)
+            save_master(train_tiny(model, steps=20, rows=4), folder / "m", tiny_tokenizer())
+            export_gguf(folder / "m", folder / "out.gguf", architecture="wrinklefree")
+            made[family, form] = folder
+        return made[family, form]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [
+        ("bitnet-relu2", "none"),
+        ("qwen3", "allnorm-groups-rotated"),
+        ("gemma3", "bitlinear"),
+        *(slow(family, form) for family in ("llama", "qwen2", "qwen3", "gemma3") for form in ODD_FORMS),
+    ],
+)
+def test_the_native_engine_proves_our_own_architecture(family, form, odd, windows):
+    folder = odd(family, form)
+    report = native_gate(folder / "m", folder / "out.gguf", windows)
+    show_native(f"{family} {form}", report)
+    assert (report.status, report.failed_checks(), report.engine) == ("proven", [], "native (bitnet_kernels)")
+    assert set(report.undecided_checks()) <= {"native.activation_ratio", "packed.activation_ratio"}
+
+
+def doubled_scale(data, written):
+    info = written.tensors["blk.1.ffn_down.weight"]
+    blocks = np.frombuffer(bytes(data[info.offset : info.offset + info.nbytes]), np.uint8).copy()
+    values = blocks.view("<f2")
+    data[info.offset : info.offset + info.nbytes] = (values * np.float16(2)).tobytes()
+
+
+def swapped_matrices(data, written):
+    one, other = written.tensors["blk.0.ffn_gate.weight"], written.tensors["blk.0.ffn_up.weight"]
+    first, second = (bytes(data[i.offset : i.offset + i.nbytes]) for i in (one, other))
+    data[one.offset : one.offset + one.nbytes], data[other.offset : other.offset + other.nbytes] = second, first
+
+
+def norm_left_out(data, written):
+    info = written.tensors["blk.1.attn_norm.weight"]
+    data[info.offset : info.offset + info.nbytes] = np.ones(info.shape, "<f4").tobytes()
+
+
+def other_rope_base(data, written):
+    at = data.index(b"wrinklefree.rope.freq_base") + len(b"wrinklefree.rope.freq_base") + 4
+    data[at : at + 4] = struct.pack("<f", 100.0)
+
+
+@pytest.mark.parametrize("change", [doubled_scale, swapped_matrices, norm_left_out, other_rope_base], ids=lambda f: f.__name__)
+def test_a_wrong_file_of_our_own_fails_by_bytes_and_by_the_native_engine(change, odd, windows, tmp_path):
+    folder = odd("bitnet-relu2", "none")
+    path = tmp_path / "wrong.gguf"
+    path.write_bytes((folder / "out.gguf").read_bytes())
+    rewrite(path, change)
+    report = native_gate(folder / "m", path, windows)
+    show_native(change.__name__, report)
+    assert report.status == "failed"
+    assert {"bytes", "native.mean_kl", "native.training_mean_kl"} <= set(report.failed_checks())
+
+
+def test_an_exporter_that_is_wrong_itself_fails_by_the_native_engine(odd, windows, tmp_path, monkeypatch):
+    folder = odd("qwen3", "allnorm-groups-rotated")
+    wrong = {"rope_type": "default", "rope_theta": 100.0}
+    monkeypatch.setattr("bitnet_arch.gguf.architectures.rope_of", lambda config: wrong)
+    export_gguf(folder / "m", tmp_path / "out.gguf")
+    report = native_gate(folder / "m", tmp_path / "out.gguf", windows)
+    show_native("rope", report)
+    assert "bytes" not in report.failed_checks()
+    assert "native.mean_kl" in report.failed_checks()
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("float16", "master"), slow("int8", "packed")])
+def test_a_low_rank_correction_is_proven_by_the_native_engine(dtype, stored, windows, tmp_path):
+    corrected(4, dtype, stored, tmp_path / "m")
+    export_gguf(tmp_path / "m", tmp_path / "out.gguf")
+    report = native_gate(tmp_path / "m", tmp_path / "out.gguf", windows)
+    show_native(f"low rank, {dtype}", report)
+    assert (report.status, report.failed_checks()) == ("proven", [])

@@ -172,7 +172,6 @@ def native_checks(found: Found, bounds: ParityBounds) -> list[Check]:
     defaults = {
         "mean_kl": default,
         "max_kl": off.max_kl,
-        "top1": 1.0,
         "flip_margin": bounds.greedy_margin,
         "perplexity": bounds.exact_perplexity,
     }
@@ -195,7 +194,7 @@ def _training_checks(found: Found, roles: Roles, prefix: str, defaults: dict[str
         found: distances.
         roles: the engine's.
         prefix: what the checks' names begin with.
-        defaults: bounds of a model that rounding does not move, by figure.
+        defaults: bounds of a model that rounding does not move, by figure; without "top1" margins say enough.
         bounds: the others.
     """
     engine, control = found[roles.training], found[roles.control]
@@ -211,14 +210,16 @@ def _training_checks(found: Found, roles: Roles, prefix: str, defaults: dict[str
 
     off = abs(engine.perplexity_ratio - 1)
     off_noise = noise(lambda c: abs(c.perplexity_ratio - 1))
-    top1 = 1 - max(noise(lambda c: 1 - c.top1), 1 / engine.positions)
-    return [
+    checks = [
         at_most_widened("mean_kl"),
         at_most_widened("max_kl"),
-        widened(f"{prefix}top1", engine.top1, ">=", defaults["top1"], top1, _top1_cap(control, bounds)),
         at_most_widened("flip_margin", "top-2 margin where the engine chose another token"),
         widened(f"{prefix}perplexity", off, "<=", defaults["perplexity"], off_noise, bounds.perplexity_cap),
     ]
+    if "top1" in defaults:
+        top1 = 1 - max(noise(lambda c: 1 - c.top1), 1 / engine.positions)
+        checks.insert(2, widened(f"{prefix}top1", engine.top1, ">=", defaults["top1"], top1, _top1_cap(control, bounds)))
+    return checks
 
 
 def _worst(found: Found, figure: str) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_arch.gguf.architectures import OURS
-from bitnet_arch.gguf.reader import read_gguf
+from bitnet_arch.gguf.reader import GgufFile, read_gguf
 from bitnet_arch.gguf.tokenizer import tokenizer_from_gguf
 from bitnet_arch.gguf.types import I2_S
 from bitnet_arch.parity.tokens import Tokenize
@@ -48,9 +48,9 @@ class EngineInfo:
     windows: int | None = None
 
 
-def no_engine(gguf_path: Path | str) -> str | None:
-    """Return in a clause why llama.cpp does not run a file; None if it does."""
-    file = read_gguf(gguf_path)
+def no_engine(gguf_path: Path | str | GgufFile) -> str | None:
+    """Return in a clause why llama.cpp does not run a file, or what `read_gguf` found in it; None if it does."""
+    file = gguf_path if isinstance(gguf_path, GgufFile) else read_gguf(gguf_path)
     if file.metadata.get("general.architecture") == OURS:
         return f"llama.cpp does not run the architecture {OURS!r}, which holds what its own cannot"
     if any(info.ggml_id == I2_S for info in file.tensors.values()):
@@ -92,11 +92,11 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return normalized
 
 
-def tokenizer_of(gguf_path: Path | str) -> Tokenize:
+def tokenizer_of(file: GgufFile) -> Tokenize:
     """Return what cuts text for an engine that has no tokenizer: the one that the file's metadata describes.
 
     Raises:
         UserError: if it cannot be rebuilt.
     """
-    rebuilt = tokenizer_from_gguf(gguf_path)
+    rebuilt = tokenizer_from_gguf(file)
     return lambda text: list(rebuilt(text).input_ids)

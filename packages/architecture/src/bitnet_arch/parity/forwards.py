@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from bitnet_arch.bitlinear import BitLinear
 from bitnet_arch.gguf.types import BF16, I2_S
 from bitnet_arch.hadamard import rotate
-from bitnet_arch.lrc.adapters import AdapterDtype, correction
+from bitnet_arch.lrc.adapters import AdapterDtype, as_stored, correction
 from bitnet_arch.norm import SubLN
 from bitnet_arch.packed import PackedBitLinear
 from bitnet_arch.parity.activations import BY_WEIGHT_TYPE, Rounding, identity
@@ -38,6 +38,13 @@ class Dress:
     def __bool__(self) -> bool:
         """Whether it does anything."""
         return self.in_norm is not None or self.rotation or self.adapters is not None
+
+    def stored(self) -> "Dress":
+        """Return what a GGUF file holds of it: adapters in f16, int8 ones as what their codes stand for."""
+        if self.adapters is None:
+            return self
+        u, v, dtype = self.adapters
+        return replace(self, adapters=(as_stored(u, dtype).half().float(), as_stored(v, dtype).half().float(), "float16"))
 
 
 @dataclass(frozen=True)
@@ -167,6 +174,7 @@ class Forward:
         dtype: of the residual stream and the layers.
         stored_embedding: whether embeddings and head are rounded as the GGUF file's types for them do.
         rounded_head: whether the head's input is rounded as llama.cpp does for the head's type.
+        stored_adapters: whether a low-rank correction is as the GGUF file holds it.
         half_cache: whether keys and values are rounded to f16, as in llama.cpp's cache.
         noise_seed: if given, every quantised layer's input is perturbed by one unit in the last place.
     """
@@ -175,6 +183,7 @@ class Forward:
     dtype: torch.dtype = torch.float32
     stored_embedding: bool = False
     rounded_head: bool = False
+    stored_adapters: bool = False
     half_cache: bool = False
     noise_seed: int | None = None
 
@@ -197,8 +206,8 @@ class Late(nn.Module):
         layer, record = self.way.linear(self.matrix), self.record
         if record is not None:
             layer.register_forward_pre_hook(lambda _, inputs: record(inputs[0]))
-        if self.matrix.dress:
-            layer = Dressed(layer, copy.deepcopy(self.matrix.dress))  # its norm takes the forward's dtype
+        if dress := self.matrix.dress.stored() if self.way.stored_adapters else self.matrix.dress:
+            layer = Dressed(layer, copy.deepcopy(dress))  # its norm takes the forward's dtype
         return layer.to(self.way.dtype)(x)
 
 
@@ -282,9 +291,9 @@ EMULATED: dict[str, Forward] = {
 """What stands for llama.cpp, and what it is told from."""
 
 FILE: dict[str, Forward] = {
-    "file": Forward(file_linear, stored_embedding=True),
-    "file without activation quantisation": Forward(emulated_unrounded_linear, stored_embedding=True),
-    "file with Q4_0": Forward(file_q4_0_linear, stored_embedding=True),
+    "file": Forward(file_linear, stored_embedding=True, stored_adapters=True),
+    "file without activation quantisation": Forward(emulated_unrounded_linear, stored_embedding=True, stored_adapters=True),
+    "file with Q4_0": Forward(file_q4_0_linear, stored_embedding=True, stored_adapters=True),
 }
 """What stands for an engine that computes training's own forward of the file's values, and what it is told from."""
 

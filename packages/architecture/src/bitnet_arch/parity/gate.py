@@ -144,21 +144,25 @@ def run_gate(
     given = [engines] if isinstance(engines, EngineInfo) else list(engines or ())
     if len({engine.handling for engine in given}) != len(given):
         raise UserError("the parity gate compares one engine of each handling of activations: give one of them at a time")
-    if any(engine.handling == "llama.cpp" for engine in given) and (why := no_engine(gguf_path)) is not None:
+    written = read_gguf(gguf_path)
+    if any(engine.handling == "llama.cpp" for engine in given) and (why := no_engine(written)) is not None:
         raise UserError(f"{gguf_path} cannot be compared with an engine: {why}")
     with open_weights(directory) as reader:
         report_progress("bytes", 0, 1)
-        written = read_gguf(gguf_path)
         differences = file_differences(reader, gguf_path)
         digests = {"tensors_sha256": tensors_digest(written), "source_sha256": source_digest(reader)}
         return_memory()
         report_progress("bytes", 1, 1)
-        tokenizers = _tokenizer_checks(given, reader, gguf_path)
+        tokenizers = _tokenizer_checks(given, reader, written)
         ids, embeddings = torch.tensor(windows), bool(quantised_embeddings(written))
         runs = [_run_of(engine, ids[:, 1:], embeddings) for engine in given]
-        wanted = {name for run in runs for pair in run.pairs.values() for name in pair} | TRAINING.keys()
+        wanted = dict.fromkeys(TRAINING, len(ids))
+        for run in runs:
+            asked = len(ids) if run.engine.windows is None else min(len(ids), run.engine.windows)
+            wanted |= {n: max(asked, wanted.get(n, 0)) for pair in run.pairs.values() for n in pair}
         forwards = {name: forward for name, forward in (forwards or FORWARDS).items() if name in wanted}
-        stream = LayerStream(reader, stored_types(reader, written), ids[:, :-1], forwards)
+        only = {name: wanted[name] for name in forwards}
+        stream = LayerStream(reader, stored_types(reader, written), ids[:, :-1], forwards, only)
         layers = stream.run(bounds.code_edge, lambda done, of: report_progress("layers", done, of))
         measured = _Measured(differences, layers, tokenizers, runs)
         _compare(stream, measured, ids, report_progress)
@@ -232,7 +236,7 @@ def quantised_embeddings(written: GgufFile) -> list[str]:
     return sorted(TYPE_NAMES[kind] for kind in found if kind in EMBEDDING_TYPES.values() and kind not in (F16, BF16))
 
 
-def _tokenizer_checks(engines: list[EngineInfo], reader: WeightReader, gguf_path: Path | str) -> list[Check]:
+def _tokenizer_checks(engines: list[EngineInfo], reader: WeightReader, written: GgufFile) -> list[Check]:
     """Compare what cuts text for each engine, and without one what would, with the directory's tokenizer."""
     tokenizer = load_tokenizer(reader.directory)
 
@@ -243,7 +247,7 @@ def _tokenizer_checks(engines: list[EngineInfo], reader: WeightReader, gguf_path
     if checks and all(engine.tokenize is not None for engine in engines):
         return checks
     try:
-        rebuilt = tokenizer_check(expected, tokenizer_of(gguf_path))
+        rebuilt = tokenizer_check(expected, tokenizer_of(written))
     except UserError as error:
         rebuilt = at_most("tokenizer", 1, 0, str(error))
     # Beside an engine's own tokenizer, what the file's metadata describe is a second one.
@@ -317,7 +321,7 @@ def _with_status(report: ParityReport, written: GgufFile, measured: _Measured, b
 
 def _why_no_proof(report: ParityReport, written: GgufFile, measured: _Measured, bounds: ParityBounds) -> str:
     """Return why a report without a missed bound is no proof, embeddings aside; empty if it is one."""
-    why = no_engine(written.path)
+    why = no_engine(written)
     if not measured.runs:
         return f"{why or 'no engine ran the file'}: bytes, tokens, layers and the packed model were compared"
     if report.positions < bounds.min_positions:

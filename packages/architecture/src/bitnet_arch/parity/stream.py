@@ -44,7 +44,14 @@ class LayerStream:
         forwards: what to compute, by name.
     """
 
-    def __init__(self, reader: WeightReader, types: dict[str, int], windows: Tensor, forwards: dict[str, Forward]) -> None:
+    def __init__(
+        self,
+        reader: WeightReader,
+        types: dict[str, int],
+        windows: Tensor,
+        forwards: dict[str, Forward],
+        only: dict[str, int] | None = None,
+    ) -> None:
         """Enter the model.
 
         Args:
@@ -53,6 +60,7 @@ class LayerStream:
                 directory; F16 where a name is missing.
             windows: int64 `[windows, time]`.
             forwards: what to compute.
+            only: forwards that are computed for so many windows alone, the first ones.
 
         Raises:
             UserError: for tokens that the model does not have, or a family whose blocks cannot be run one by one.
@@ -66,11 +74,12 @@ class LayerStream:
             for name, forward in forwards.items()
             if forward.noise_seed is not None
         }
-        self._calls: dict[torch.dtype, list[Call]] = {}
+        self._counts = dict.fromkeys(forwards, len(windows)) | (only or {})
+        self._calls: dict[tuple[torch.dtype, int], list[Call]] = {}
         self.hidden: dict[str, Tensor] = {}
-        entered: dict[tuple[bool, torch.dtype], Tensor] = {}
+        entered: dict[tuple[bool, torch.dtype, int], Tensor] = {}
         for name, forward in forwards.items():
-            form = forward.stored_embedding, forward.dtype
+            form = forward.stored_embedding, forward.dtype, self._counts[name]
             if form not in entered:
                 entered[form] = self._enter(*form)
             self.hidden[name] = entered[form]
@@ -97,7 +106,7 @@ class LayerStream:
         weights, recorded = self._matrices(index), dict[str, Tensor]()
         for name, forward in self.forwards.items():
             layer = self._build(index, name, weights, recorded if name == "training" else None)
-            arguments, keywords = self._calls[forward.dtype][index]
+            arguments, keywords = self._calls[forward.dtype, self._counts[name]][index]
             result = layer(self.hidden[name], *arguments, **keywords)
             self.hidden[name] = result[0] if isinstance(result, tuple) else result
         found = LayerDifference()
@@ -166,12 +175,12 @@ class LayerStream:
         return torch.from_numpy(decode_float(encoded, self.types.get(name, F16), shape).copy())
 
     @torch.no_grad()
-    def _enter(self, stored: bool, dtype: torch.dtype) -> Tensor:
-        """Return what goes into the first block, and note what the blocks are called with."""
+    def _enter(self, stored: bool, dtype: torch.dtype, count: int) -> Tensor:
+        """Return what goes into the first block, of the first `count` windows, and note what the blocks are called with."""
         model, family = skeleton(self.reader), self._family
         model.eval()
         name = f"{family.embedding}.weight"
-        used, places = self.windows.unique(return_inverse=True)
+        used, places = self.windows[:count].unique(return_inverse=True)
         if int(used.min()) < 0 or int(used.max()) >= self.reader.shape(name)[0]:
             raise UserError(f"a probe has a token id outside the vocabulary of {self.reader.shape(name)[0]}: use other windows")
         rows = torch.cat([self.reader.get(name, slice(token, token + 1)) for token in used.tolist()])
@@ -186,7 +195,7 @@ class LayerStream:
             raise UserError(
                 f"the blocks of {model.config.model_type} cannot be run one by one, so that no file of it can be proven"
             )
-        self._calls[dtype] = [call for _, call in seen]
+        self._calls[dtype, count] = [call for _, call in seen]
         return seen[0][0]
 
     def _matrices(self, index: int) -> dict[str, TernaryWeight]:
