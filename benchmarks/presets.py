@@ -4,7 +4,7 @@ uv run python benchmarks/presets.py --json presets.json
 uv run python benchmarks/presets.py --presets dlm sft        # a part of it
 
 Start-up ends when the command names its run directory: imports, Hydra, and the checks of the configuration. "imports" is what
-`python -c "import torch, pytorch_lightning, transformers, hydra"` takes just before. Training ends when the export begins: it holds
+`python -c "import torch, pytorch_lightning, transformers, hydra"` takes, once a round. Training ends when the export begins: it has
 the tokenizer, the teacher that is made on the spot, wandb's start, both evaluations, checkpoints, the model directory and the plot.
 The export is a process of its own, whose imports count with it, until its report lies beside the file. "proof" is what that took
 beyond `export --unproven`, which is run after the command, by itself. What is left after it is the sample and the summary.
@@ -24,7 +24,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from report import bar, finish, parser
+from report import bar, finish, parser, write
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted(path.stem for path in (ROOT / "packages" / "training" / "configs" / "training").glob("*.yaml"))
@@ -33,6 +33,7 @@ CHAT = "sft data=chat"
 LIMIT = 15.0
 """Seconds after the start-up."""
 STARTED, EXPORTING = "run directory:", "exporting model.gguf"
+PACKAGES = ("torch", "pytorch-lightning", "transformers", "wrinklefree")
 IMPORTS = "import torch, pytorch_lightning, transformers, hydra"
 
 
@@ -67,10 +68,8 @@ def run(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
     return time.perf_counter() - start, children_seconds() - before
 
 
-def timed(preset: str, folder: Path, threads: int, cache: Path) -> dict[str, Any]:
+def timed(preset: str, folder: Path, threads: int, environment: dict[str, str]) -> dict[str, Any]:
     """Run a preset; return its row of the table."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "WF_CACHE": str(cache)}
-    imports, imports_cpu = run([sys.executable, "-c", IMPORTS], environment)
     command = [sys.executable, str(ROOT / "scripts" / "train_lightning.py"), "model=tiny", *f"training={preset}".split()]
     command += ["training.max_steps=3", f"training.threads={threads}", f"output_dir={folder}"]
     if preset == CHAT:
@@ -95,14 +94,12 @@ def timed(preset: str, folder: Path, threads: int, cache: Path) -> dict[str, Any
     (started, started_cpu), (exporting, exporting_cpu) = marks[STARTED], marks[EXPORTING]
     return {
         "preset": preset,
-        "imports": imports,
         "start": started,
         "train": exporting - started,
         "export": exported - exporting,
         "of it proof": exported - exporting - unproven,
         "rest": end - exported,
         "after start": end - started,
-        "imports cpu": imports_cpu,
         "start cpu": started_cpu,
         "train cpu": exporting_cpu - started_cpu,
         "after start cpu": used - started_cpu,
@@ -118,17 +115,22 @@ def main() -> None:
     arguments.add_argument("--cold", action="store_true", help="give every command an empty data cache")
     arguments.set_defaults(rounds=1)
     chosen = arguments.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(chosen.threads)}
     with tempfile.TemporaryDirectory() as kept:
         for number, preset in product(range(chosen.rounds), chosen.presets):
+            if preset == chosen.presets[0]:
+                imports, imports_cpu = run([sys.executable, "-c", IMPORTS], environment)
             with tempfile.TemporaryDirectory() as folder:
                 cache = Path(folder, "cache") if chosen.cold else Path(kept)
-                rows.append(timed(preset, Path(folder, f"run-{number}"), chosen.threads, cache))
-            print(
-                " ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in rows[-1].values()), file=sys.stderr
-            )
+                row = timed(preset, Path(folder, f"run-{number}"), chosen.threads, environment | {"WF_CACHE": str(cache)})
+            rows.append(row | {"imports": imports, "imports cpu": imports_cpu})
+            line = " ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in rows[-1].values())
+            print(line, file=sys.stderr, flush=True)
+            if chosen.json:
+                write(rows, [], PACKAGES, chosen.json)
     bars = [bar(f"{name}, slowest", max(row[name] for row in rows), "<=", LIMIT) for name in ("after start", "after start cpu")]
-    finish("presets, three steps", rows, bars, ("torch", "pytorch-lightning", "transformers", "wrinklefree"), chosen.json)
+    finish("presets, three steps", rows, bars, PACKAGES, chosen.json)
 
 
 if __name__ == "__main__":
