@@ -100,7 +100,7 @@ def test_scores_that_differ_by_hundreds(isa):
     np.testing.assert_allclose(got[0, 0], kept(v, "f16")[129, 0] + np.exp(-10) * (kept(v, "f16")[128, 0] - v[129, 0]), atol=1e-5)
 
 
-def test_halves_are_rounded_as_numpy_does():
+def test_halves_are_rounded_as_numpy_does(isa):
     values = np.concatenate(
         [
             np.array([2.0**-24, 2.0**-25, 1.5 * 2.0**-25, 2.0**-14, 65519.9, -0.0, 1 + 2.0**-11, 1 + 3 * 2.0**-11], np.float32),

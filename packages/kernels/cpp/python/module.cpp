@@ -204,12 +204,13 @@ struct Kv {
     view = {kind, heads, capacity, head_dim, keys.get(), values.get(), key_scales.get(), value_scales.get()};
   }
 
-  void append(Input<float> k, Input<float> v) {
+  void append(const std::string& isa, Input<float> k, Input<float> v) {
+    const wf::FloatKernels& found = wf::float_kernels(kernels(isa).isa);
     const auto tokens = static_cast<int64_t>(k.shape(0));
     for (int64_t token = 0; token < tokens; ++token, ++positions) {
       for (int64_t head = 0; head < view.heads; ++head) {
         const int64_t at = (token * view.heads + head) * view.head_dim;
-        wf::store_kv(view, head, positions, k.data() + at, v.data() + at);
+        found.store(view, head, positions, k.data() + at, v.data() + at);
       }
     }
   }

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <new>
 
-#include "ternary/kv.h"
+#include "ternary/floats.h"
 #include "ternary/memory.h"
 
 namespace wf {
@@ -30,11 +30,13 @@ class Cache {
     if (type == KvType::int8) scales_ = zeros<float>(vectors * static_cast<int64_t>(sizeof(float)));
   }
 
+  const CacheShape& shape() const { return shape_; }
+
   // Keeps the keys and values of all heads, [heads, head_width] each, of a position.
-  void write(int64_t slot, int64_t layer, int64_t position, const float* key, const float* value) {
+  void write(const FloatKernels& kernels, int64_t slot, int64_t layer, int64_t position, const float* key, const float* value) {
     const KvCache cache = view(slot, layer);
     for (int64_t head = 0; head < shape_.heads; ++head, key += shape_.head_width, value += shape_.head_width) {
-      store_kv(cache, head, position, key, value);
+      kernels.store(cache, head, position, key, value);
     }
   }
 

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <optional>
 
+#include "runtime/attention.h"
 #include "runtime/head.h"
 #include "runtime/numbers.h"
 #include "runtime/ops.h"
@@ -68,7 +69,8 @@ Decoder::Decoder(std::shared_ptr<const Model> model, const DecoderOptions& optio
       kernels_(options.kernels != nullptr ? *options.kernels : *kernels_of(best_isa())),
       context_(context),
       floats_(float_kernels(kernels_.isa)),
-      cache_(options.cache, {options.slots, static_cast<int64_t>(model_->layers.size()), model_->kv_heads, context, model_->head_width}),
+      cache_(std::make_shared<Cache>(options.cache, CacheShape{options.slots, static_cast<int64_t>(model_->layers.size()), model_->kv_heads, context,
+                                                              model_->head_width})),
       lengths_(static_cast<size_t>(options.slots)) {}
 
 Result<std::unique_ptr<Decoder>> Decoder::create(std::shared_ptr<const Model> model, const DecoderOptions& options) {
@@ -206,29 +208,19 @@ std::optional<Error> Decoder::attend(const Layer& layer, int64_t index, std::spa
     };
     prepare(s.query.data() + i * inner, m.heads, layer.query_norm);
     prepare(s.key.data() + i * kv, m.kv_heads, layer.key_norm);
-    cache_.write(row.slot, index, row.position, s.key.data() + i * kv, s.value.data() + i * kv);
+    cache_->write(floats_, row.slot, index, row.position, s.key.data() + i * kv, s.value.data() + i * kv);
   }
-  for (int64_t i = 0; i < count; ++i) {
-    attend_row(layer.window, index, rows[static_cast<size_t>(i)], s.query.data() + i * inner, s.attended.data() + i * inner);
+  std::vector<Attended> seen;
+  for (const Row& row : rows) {
+    const int64_t first = layer.window > 0 ? std::max<int64_t>(0, row.position - layer.window + 1) : 0;
+    seen.push_back({row.slot, first, layer.window > 0 ? std::min(row.visible, row.position + layer.window) : row.visible});
   }
+  wf::attend(floats_, cache_, index, std::move(seen), m.heads, m.attention_scale, s.query.data(), s.attended.data());
   if (layer.attention_sub_norm) norm_rows(floats_, layer.attention_sub_norm, s.attended.data(), count, inner, s.attended.data());
   if (auto error = apply({&layer.output}, s.attended.data(), count, {s.projected.data()}, s)) return error;
   if (layer.post_attention_norm) norm_rows(floats_, layer.post_attention_norm, s.projected.data(), count, m.width, s.projected.data());
   floats_.accumulate(s.x.data(), s.projected.data(), count * m.width);
   return {};
-}
-
-// Every head of one query over the positions that it sees.
-void Decoder::attend_row(int64_t window, int64_t layer, const Row& row, const float* query, float* out) const {
-  const Model& m = *model_;
-  const int64_t group = m.heads / m.kv_heads, width = m.head_width;
-  const int64_t first = window > 0 ? std::max<int64_t>(0, row.position - window + 1) : 0;
-  const int64_t end = window > 0 ? std::min(row.visible, row.position + window) : row.visible;
-  const KvCache cache = cache_.view(row.slot, layer);
-  for (int64_t kv = 0; kv < m.kv_heads; ++kv) {
-    const int64_t at = kv * group * width;
-    floats_.attention(cache, kv, query + at, group, first, end, m.attention_scale, out + at);
-  }
 }
 
 std::optional<Error> Decoder::feed_forward(const Layer& layer, int64_t tokens, Scratch& s) {
@@ -297,7 +289,7 @@ Result<int64_t> Decoder::copy(int64_t from, int64_t to, int64_t length) {
   if (!now || !other) return (now ? other : now).error();
   if (length < 0 || length > *now) return out_of("the length", length, ("the slot holds " + std::to_string(*now) + " tokens").c_str());
   if (length > context_) return out_of("the length", length, ("a slot holds at most " + std::to_string(context_) + " tokens").c_str());
-  if (from != to) cache_.copy(from, to, length);
+  if (from != to) cache_->copy(from, to, length);
   return lengths_[static_cast<size_t>(to)] = length;
 }
 

@@ -75,13 +75,12 @@ class Decoder {
   std::optional<Error> feed_forward(const Layer& layer, int64_t tokens, Scratch& s);
   std::optional<Error> apply(const std::vector<const Linear*>& layers, const float* x, int64_t tokens, const std::vector<float*>& y,
                              Scratch& s) const;
-  void attend_row(int64_t window, int64_t layer, const Row& row, const float* query, float* out) const;
 
   std::shared_ptr<const Model> model_;
   const Kernels& kernels_;
   int64_t context_;
   const FloatKernels& floats_;
-  Cache cache_;
+  std::shared_ptr<Cache> cache_;
   std::vector<int64_t> lengths_;
   std::atomic<bool> cancelled_{false};
   Stats stats_;

@@ -2,9 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
-#include "runtime/numbers.h"
 #include "ternary/pool.h"
 
 namespace wf {
@@ -12,31 +10,31 @@ namespace {
 
 constexpr int64_t kChunkNumbers = 64 << 10;  // weights of a chunk, at least
 
+RowType row_type(Type type) { return type == Type::f32 ? RowType::f32 : type == Type::f16 ? RowType::f16 : RowType::bf16; }
+
 class HeadJob final : public Job {
  public:
   HeadJob(const FloatKernels& floats, std::shared_ptr<const Model> model, const float* hidden, int64_t tokens, float* logits)
-      : floats_(floats), model_(std::move(model)), hidden_(hidden, hidden + tokens * model_->width), own_row_(static_cast<size_t>(model_->width)),
-        tokens_(tokens), logits_(logits) {
+      : floats_(floats), model_(std::move(model)), hidden_(hidden, hidden + tokens * model_->width), tokens_(tokens), logits_(logits) {
     const int64_t most = std::min<int64_t>(model_->vocabulary, kMostChunks);
     chunks = std::clamp<int64_t>(model_->vocabulary * model_->width / kChunkNumbers, 1, most);
   }
 
-  // A row of floats, then the logits [tokens, words].
+  // Logits [tokens, words].
   int64_t result_bytes(int64_t chunk) const override {
-    return (model_->width + tokens_ * (begin(chunk + 1) - begin(chunk))) * static_cast<int64_t>(sizeof(float));
+    return tokens_ * (begin(chunk + 1) - begin(chunk)) * static_cast<int64_t>(sizeof(float));
   }
 
   void compute(int64_t chunk, std::byte* result) const noexcept override {
-    if (result == nullptr) {  // the caller, of whom there is one
-      words(chunk, own_row_.data(), logits_ + begin(chunk), model_->vocabulary);
-    } else {
-      auto* row = reinterpret_cast<float*>(result);
-      words(chunk, row, row + model_->width, begin(chunk + 1) - begin(chunk));
-    }
+    const int64_t first = begin(chunk), count = begin(chunk + 1) - first, width = model_->width;
+    const RowType type = row_type(model_->head.type);
+    const auto* rows = reinterpret_cast<const uint8_t*>(model_->head.data.data()) + first * width * bytes_of(type);
+    float* out = result == nullptr ? logits_ + first : reinterpret_cast<float*>(result);
+    floats_.matmul_rows(type, rows, count, width, hidden_.data(), tokens_, out, result == nullptr ? model_->vocabulary : count);
   }
 
   void commit(int64_t chunk, const std::byte* result) const noexcept override {
-    const float* from = reinterpret_cast<const float*>(result) + model_->width;
+    const auto* from = reinterpret_cast<const float*>(result);
     const int64_t count = begin(chunk + 1) - begin(chunk);
     for (int64_t token = 0; token < tokens_; ++token) {
       std::copy_n(from + token * count, count, logits_ + token * model_->vocabulary + begin(chunk));
@@ -46,19 +44,9 @@ class HeadJob final : public Job {
  private:
   int64_t begin(int64_t chunk) const { return chunk * model_->vocabulary / chunks; }
 
-  void words(int64_t chunk, float* row, float* out, int64_t stride) const noexcept {
-    for (int64_t word = begin(chunk); word < begin(chunk + 1); ++word, ++out) {
-      float_row(model_->head, word, row);
-      for (int64_t token = 0; token < tokens_; ++token) {
-        out[token * stride] = floats_.dot(row, hidden_.data() + token * model_->width, model_->width);
-      }
-    }
-  }
-
   const FloatKernels& floats_;
   std::shared_ptr<const Model> model_;
   std::vector<float> hidden_;
-  mutable std::vector<float> own_row_;
   int64_t tokens_;
   float* logits_;
 };

@@ -5,8 +5,8 @@
 
 namespace wf {
 
-// logits[token * vocabulary + word] = hidden[token] · head[word], then capped, on the threads of the pool. Q8_0, Q6_K and Q4_1 have
-// kernels; a row of another type is dequantised once for all tokens. `hidden` is finite.
+// logits[token * vocabulary + word] = hidden[token] · head[word], then capped, on the threads of the pool. Every type has a
+// kernel, which reads a row once for several tokens. `hidden` is finite.
 void multiply_head(const std::shared_ptr<const Model>& model, Isa isa, const float* hidden, int64_t tokens, float* logits);
 
 }  // namespace wf

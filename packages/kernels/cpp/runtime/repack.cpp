@@ -1,6 +1,7 @@
 #include "runtime/repack.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -11,6 +12,7 @@
 #include "runtime/numbers.h"
 #include "ternary/formats.h"
 #include "ternary/half.h"
+#include "ternary/parallel.h"
 
 namespace wf {
 namespace {
@@ -91,7 +93,36 @@ Format format_of(Type type) {
   }
 }
 
+constexpr const char* kNotTernary = "is not ternary: its weights have more than one magnitude among 128 neighbours";
+
+// Numbers without their sign are ordered as their bits are: no float is made of what are only codes.
+template <typename Bits>
+const char* read_bits(const Tensor& tensor, int64_t row, uint8_t* codes, Scales& scales, Bits infinity) {
+  constexpr Bits kMagnitude = static_cast<Bits>(~Bits{0}) >> 1;
+  const int64_t columns = tensor.columns();
+  const std::byte* bits = tensor.data.data() + row * columns * static_cast<int64_t>(sizeof(Bits));
+  for (int64_t first = 0; first < columns; first += kGroup) {
+    const int64_t count = std::min(kGroup, columns - first), group = first / kGroup;
+    Bits of[kGroup] = {}, largest = 0, others = 0;
+    std::memcpy(of, bits + first * static_cast<int64_t>(sizeof(Bits)), static_cast<size_t>(count) * sizeof(Bits));
+    for (const Bits value : of) largest = std::max(largest, static_cast<Bits>(value & kMagnitude));
+    for (const Bits value : of) others |= (value & kMagnitude) == 0 || (value & kMagnitude) == largest ? 0 : 1;
+    if (others != 0 || largest > infinity) return kNotTernary;
+    for (int64_t i = 0; i < count; ++i) codes[first + i] = (of[i] & kMagnitude) == 0 ? 1 : of[i] > kMagnitude ? 0 : 2;
+    scales.live_at(row, group) = largest != 0;
+    if constexpr (sizeof(Bits) == 4) {
+      scales.at(row, group) = std::bit_cast<float>(largest);
+    } else {
+      scales.at(row, group) = tensor.type == Type::f16 ? half_to_float(largest) : std::bit_cast<float>(static_cast<uint32_t>(largest) << 16);
+    }
+  }
+  return nullptr;
+}
+
 const char* read_floats(const Tensor& tensor, int64_t row, uint8_t* codes, float* values, Scales& scales) {
+  if (tensor.type == Type::f32) return read_bits<uint32_t>(tensor, row, codes, scales, 0x7f800000U);
+  if (tensor.type == Type::f16) return read_bits<uint16_t>(tensor, row, codes, scales, 0x7c00);
+  if (tensor.type == Type::bf16) return read_bits<uint16_t>(tensor, row, codes, scales, 0x7f80);
   const int64_t columns = tensor.columns();
   float_row(tensor, row, values);
   for (int64_t first = 0; first < columns; first += kGroup) {
@@ -99,9 +130,7 @@ const char* read_floats(const Tensor& tensor, int64_t row, uint8_t* codes, float
     float largest = 0;
     for (int64_t i = first; i < end; ++i) largest = std::max(largest, std::fabs(values[i]));
     for (int64_t i = first; i < end; ++i) {
-      if (values[i] != 0 && std::fabs(values[i]) != largest) {  // also NaN
-        return "is not ternary: its weights have more than one magnitude among 128 neighbours";
-      }
+      if (values[i] != 0 && std::fabs(values[i]) != largest) return kNotTernary;  // also NaN
       codes[i] = static_cast<uint8_t>(values[i] == 0 ? 1 : values[i] > 0 ? 2 : 0);
     }
     scales.at(row, group) = largest;
@@ -167,22 +196,42 @@ void coarsen(Scales& scales, OwnedMatrix& out) {
   view.scales = out.scales.get();
 }
 
+constexpr int64_t kPiece = 1 << 20;  // weights that a thread packs before it asks for more
+
+// Panels whose rows together have kPiece weights.
+int64_t panels_of_piece(const TernaryMatrix& view) { return std::max<int64_t>(1, kPiece / (kPanelRows * view.columns)); }
+
 // Reads and packs row by row, comparing scales; returns what is wrong.
 const char* repack_rows(const Tensor& tensor, const TernaryMatrix& view, uint8_t* out, Scales& scales) {
   const int64_t blocks = view.blocks();
-  std::vector<uint8_t> codes(static_cast<size_t>(blocks * kBlockColumns), 1);
-  std::vector<float> floats(static_cast<size_t>(view.columns));
   const auto read = is_ternary(tensor.type) ? read_ternary : read_floats;
-  for (int64_t row = 0; row < view.rows; ++row) {
-    if (const char* why = read(tensor, row, codes.data(), floats.data(), scales)) return why;
-    pack_row(codes.data(), blocks, out + row / kPanelRows * blocks * kBlockBytes, row % kPanelRows);
-  }
-  // The rows that fill up the last panel.
-  std::fill(codes.begin(), codes.end(), uint8_t{1});
-  for (int64_t row = view.rows; row < view.panels() * kPanelRows; ++row) {
-    pack_row(codes.data(), blocks, out + row / kPanelRows * blocks * kBlockBytes, row % kPanelRows);
-  }
-  return nullptr;
+  std::atomic<const char*> wrong{nullptr};
+  in_pieces(view.panels(), panels_of_piece(view), [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> codes(static_cast<size_t>(blocks * kBlockColumns), 1);
+    std::vector<float> floats(static_cast<size_t>(view.columns));
+    for (int64_t row = begin * kPanelRows; row < end * kPanelRows && wrong.load(std::memory_order_relaxed) == nullptr; ++row) {
+      if (row >= view.rows) {  // those that fill up the last panel
+        std::fill(codes.begin(), codes.end(), uint8_t{1});
+      } else if (const char* why = read(tensor, row, codes.data(), floats.data(), scales)) {
+        wrong.store(why);
+      }
+      pack_row(codes.data(), blocks, out + row / kPanelRows * blocks * kBlockBytes, row % kPanelRows);
+    }
+  });
+  return wrong.load();
+}
+
+// The same of a ternary type with one scale: nothing to compare, so that the packer that knows the type reads the codes.
+bool repack_codes(const Tensor& tensor, const TernaryMatrix& view, uint8_t* out) {
+  const auto* data = reinterpret_cast<const uint8_t*>(tensor.data.data());
+  const Format format = format_of(tensor.type);
+  const int64_t row_bytes = format_bytes(format, 1, view.columns);
+  std::atomic<bool> good{true};
+  in_pieces(view.panels(), panels_of_piece(view), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kPanelRows, rows = std::min(end * kPanelRows, view.rows) - first;
+    if (!pack_from(format, data + first * row_bytes, rows, view.columns, out + begin * view.blocks() * kBlockBytes)) good.store(false);
+  });
+  return good.load();
 }
 
 }  // namespace
@@ -198,11 +247,7 @@ Result<SharedMatrix> repack(const Gguf& file, const std::string& stem) {
 
   Scales scales(view.rows, view.groups());
   if (const auto scale = is_ternary(tensor.type) ? only_scale(tensor) : std::nullopt) {
-    // Nothing to compare: the packer that knows the type reads the codes.
-    const auto* data = reinterpret_cast<const uint8_t*>(tensor.data.data());
-    if (!pack_from(format_of(tensor.type), data, view.rows, view.columns, made->codes.get())) {
-      return fail("weight", "holds a code outside -1, 0 and 1");
-    }
+    if (!repack_codes(tensor, view, made->codes.get())) return fail("weight", "holds a code outside -1, 0 and 1");
     std::fill(scales.of.begin(), scales.of.end(), *scale);
     std::fill(scales.live.begin(), scales.live.end(), uint8_t{1});
   } else if (const char* why = repack_rows(tensor, view, made->codes.get(), scales)) {

@@ -7,7 +7,7 @@
 namespace wf {
 namespace {
 
-constexpr int64_t kQ6Group = 208;
+constexpr int64_t kQ6Groups = 320, kQ6Group = 192;  // where a block's groups begin, and bytes of each
 
 float to_float(const uint8_t* half) {
   uint16_t bits;
@@ -15,20 +15,62 @@ float to_float(const uint8_t* half) {
   return half_to_float(bits);
 }
 
-// One row of llama.cpp's Q6_K block into place: code (256), factors (16).
-void pack_q6_k(const uint8_t* from, uint8_t* block, int64_t row) {
-  std::memcpy(block + 2 * row, from + 208, 2);
-  for (int64_t column = 0; column < 256; ++column) {
-    const int64_t half = column / 128, inside = column % 128, byte = inside % 32;
-    const int low = from[64 * half + inside / 32 % 2 * 32 + byte] >> inside / 64 * 4 & 15;
-    const int high = from[128 + 32 * half + byte] >> inside / 32 * 2 & 3;
-    uint8_t* group = block + 32 + column / 16 * kQ6Group;
-    const int64_t j = column % 16;
-    group[row] = from[192 + column / 16];
-    uint8_t& low_place = group[16 + j % 8 * 16 + row];
-    uint8_t& high_place = group[144 + j % 4 * 16 + row];
-    low_place = static_cast<uint8_t>(low_place | low << j / 8 * 4);
-    high_place = static_cast<uint8_t>(high_place | high << j / 4 * 2);
+// Compilers turn operations on these into those of whatever vectors a processor has.
+using Sixteen = uint8_t __attribute__((vector_size(16)));
+
+// Rows of 16 bytes become columns: of the sixteen registers, four times, one half is interleaved with the other.
+void transpose(Sixteen (&rows)[16]) {
+  Sixteen other[16];
+  const auto interleave = [](const Sixteen (&from)[16], Sixteen (&to)[16]) {
+    for (int i = 0; i < 8; ++i) {
+      to[2 * i] = __builtin_shufflevector(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      to[2 * i + 1] = __builtin_shufflevector(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+  };
+  interleave(rows, other);
+  interleave(other, rows);
+  interleave(rows, other);
+  interleave(other, rows);
+}
+
+// Sixteen bytes of sixteen rows, from `at` on, written column by column.
+void pack_columns(const uint8_t* const (&rows)[16], int64_t at, uint8_t* out) {
+  Sixteen columns[16];
+  for (int r = 0; r < 16; ++r) std::memcpy(&columns[r], rows[r] + at, 16);
+  transpose(columns);
+  std::memcpy(out, columns, sizeof columns);
+}
+
+// Sixteen rows' two bytes from `at` on, side by side.
+void pack_halves(const uint8_t* const (&rows)[16], int64_t at, uint8_t* out) {
+  for (int r = 0; r < 16; ++r) std::memcpy(out + 2 * r, rows[r] + at, 2);
+}
+
+// The six bits of a Q6_K block's weights [16 * group, 16 * group + 16) of one row.
+Sixteen q6_k_codes(const uint8_t* block, int group) {
+  const int half = group / 8, part = group / 2 % 4, first = group % 2 * 16;  // of 128 columns, of 32 in these, and inside
+  Sixteen low, high;
+  std::memcpy(&low, block + 64 * half + part % 2 * 32 + first, 16);
+  std::memcpy(&high, block + 128 + 32 * half + first, 16);
+  return (low >> (part / 2 * 4) & 15) | (high >> (2 * part) & 3) << 4;
+}
+
+void pack_q6_k(const uint8_t* const (&rows)[16], uint8_t* block) {
+  constexpr uint32_t kNibbles = 0x0f0f0f0f, kPairs = 0x03030303;
+  pack_halves(rows, 208, block);
+  pack_columns(rows, 192, block + 32);
+  for (int group = 0; group < 16; ++group) {
+    uint8_t* out = block + kQ6Groups + group * kQ6Group;
+    for (int r = 0; r < 16; ++r) {
+      uint32_t four[4];  // codes of four neighbours
+      const Sixteen codes = q6_k_codes(rows[r], group);
+      std::memcpy(four, &codes, 16);
+      const uint32_t low[2] = {(four[0] & kNibbles) | (four[2] & kNibbles) << 4, (four[1] & kNibbles) | (four[3] & kNibbles) << 4};
+      const uint32_t high = (four[0] >> 4 & kPairs) | (four[1] >> 2 & kPairs << 2) | (four[2] & kPairs << 4) | (four[3] << 2 & kPairs << 6);
+      std::memcpy(out + 4 * r, &low[0], 4);
+      std::memcpy(out + 64 + 4 * r, &low[1], 4);
+      std::memcpy(out + 128 + 4 * r, &high, 4);
+    }
   }
 }
 
@@ -51,10 +93,10 @@ void each_weight(const BlockMatrix& w, int64_t row, int64_t begin, int64_t end, 
         break;
       }
       case BlockType::q6_k: {
-        const uint8_t* group = block + 32 + inside / 16 * kQ6Group;
+        const uint8_t* group = block + kQ6Groups + inside / 16 * kQ6Group;
         const int64_t j = inside % 16;
-        const int code = (group[16 + j % 8 * 16 + row] >> j / 8 * 4 & 15) | (group[144 + j % 4 * 16 + row] >> j / 4 * 2 & 3) << 4;
-        use(column, scale * static_cast<float>(static_cast<int8_t>(group[row])) * static_cast<float>(code - 32));
+        const int low = group[j / 4 % 2 * 64 + 4 * row + j % 4] >> j / 8 * 4 & 15, high = group[128 + 4 * row + j % 4] >> j / 4 * 2 & 3;
+        use(column, scale * static_cast<float>(static_cast<int8_t>(block[32 + inside / 16 * 16 + row])) * static_cast<float>((low | high << 4) - 32));
         break;
       }
     }
@@ -65,30 +107,42 @@ void each_weight(const BlockMatrix& w, int64_t row, int64_t begin, int64_t end, 
 
 int64_t row_bytes(BlockType type, int64_t columns) {
   const BlockMatrix w{nullptr, 1, columns, type};
-  return columns % w.block_columns() == 0 ? w.panel_bytes() / kPanelRows : 0;
+  return columns % w.block_columns() == 0 ? w.blocks() * w.row_bytes() : 0;
+}
+
+void pack_panels(const BlockMatrix& w, const uint8_t* data, int64_t begin, int64_t end, uint8_t* out) {
+  static constexpr uint8_t kZeros[256] = {};  // stands for the rows beyond the last
+  const int64_t own_bytes = w.row_bytes();
+  for (int64_t panel = begin; panel < end; ++panel) {
+    for (int64_t b = 0; b < w.blocks(); ++b) {
+      const uint8_t* rows[16];
+      for (int64_t r = 0; r < 16; ++r) {
+        const int64_t row = panel * kPanelRows + r;
+        rows[r] = row < w.rows ? data + (row * w.blocks() + b) * own_bytes : kZeros;
+      }
+      uint8_t* block = out + panel * w.panel_bytes() + b * w.block_bytes();
+      switch (w.type) {
+        case BlockType::q6_k:
+          pack_q6_k(rows, block);
+          break;
+        case BlockType::q8_0:
+          pack_halves(rows, 0, block);
+          pack_columns(rows, 2, block + 32);
+          pack_columns(rows, 18, block + 288);
+          break;
+        case BlockType::q4_1:
+          pack_halves(rows, 0, block);
+          pack_halves(rows, 2, block + 32);
+          pack_columns(rows, 4, block + 64);
+          break;
+      }
+    }
+  }
 }
 
 void pack_blocks(BlockType type, const uint8_t* data, int64_t rows, int64_t columns, uint8_t* out) {
   const BlockMatrix w{out, rows, columns, type};
-  const int64_t own_bytes = w.block_bytes() / kPanelRows;
-  std::memset(out, 0, static_cast<size_t>(w.bytes()));
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t r = row % kPanelRows;
-    for (int64_t b = 0; b < w.blocks(); ++b) {
-      const uint8_t* from = data + (row * w.blocks() + b) * own_bytes;
-      uint8_t* block = out + row / kPanelRows * w.panel_bytes() + b * w.block_bytes();
-      if (type == BlockType::q6_k) {
-        pack_q6_k(from, block, r);
-      } else if (type == BlockType::q8_0) {
-        std::memcpy(block + 2 * r, from, 2);
-        for (int64_t j = 0; j < 32; ++j) block[32 + j * 16 + r] = from[2 + j];
-      } else {
-        std::memcpy(block + 2 * r, from, 2);
-        std::memcpy(block + 32 + 2 * r, from + 2, 2);
-        for (int64_t j = 0; j < 16; ++j) block[64 + j * 16 + r] = from[4 + j];
-      }
-    }
-  }
+  pack_panels(w, data, 0, w.panels(), out);
 }
 
 void unpack_row(const BlockMatrix& w, int64_t row, float* out) {
@@ -99,11 +153,18 @@ void unpack_columns(const BlockMatrix& w, int64_t row, int64_t begin, int64_t en
   each_weight(w, row, begin, end, [=](int64_t column, float weight) { out[column - begin] = weight; });
 }
 
-void sum_groups(const BlockMatrix& w, const float* x, float* sums) {
-  for (int64_t group = 0; group < w.groups(); ++group) {
-    float sum = 0.0F;
-    for (int64_t i = 0; i < w.group_columns(); ++i) sum += x[group * w.group_columns() + i];
-    sums[group] = sum;
+void arrange(const BlockMatrix& w, const float* x, int64_t tokens, float* out, float* sums) {
+  for (int64_t tile = 0; tile < token_tiles(tokens); ++tile) {
+    const int64_t first = tile_begin(tokens, tile), count = tile_begin(tokens, tile + 1) - first;
+    for (int64_t t = 0; t < count; ++t) {
+      const float* from = x + (first + t) * w.columns;
+      float *to = out + first * w.columns + t, *group_sums = sums + first * w.groups() + t;
+      for (int64_t group = 0; group < w.groups(); ++group) {
+        float sum = 0.0F;
+        for (int64_t i = 0; i < w.group_columns(); ++i, ++from, to += count) sum += *to = *from;
+        group_sums[group * count] = sum;
+      }
+    }
   }
 }
 

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "ternary/floats.h"
+#include "ternary/parallel.h"
 #include "ternary/pool.h"
 
 namespace wf {
@@ -12,6 +13,7 @@ namespace {
 
 constexpr int64_t kLeastWork = 128 << 10;  // bytes of weights times tokens: less is not worth a chunk of its own
 constexpr int64_t kChunksAThread = 8;
+constexpr int64_t kPackPiece = 4 << 20;  // bytes that a thread packs before it asks for more
 
 // Activations that own their memory.
 struct OwnedFloats {
@@ -20,9 +22,8 @@ struct OwnedFloats {
 
   OwnedFloats(const BlockMatrix& w, const float* from, int64_t tokens)
       : x(allocate<float>(tokens * w.columns)), sums(allocate<float>(tokens * w.groups())) {
-    std::copy_n(from, tokens * w.columns, x.get());
-    for (int64_t token = 0; token < tokens; ++token) sum_groups(w, from + token * w.columns, sums.get() + token * w.groups());
-    view = {x.get(), sums.get(), tokens, w.columns};
+    arrange(w, from, tokens, x.get(), sums.get());
+    view = {x.get(), sums.get(), tokens};
   }
 };
 
@@ -74,7 +75,8 @@ class BlockJob final : public Job {
 OwnedBlocks::OwnedBlocks(BlockType type, const uint8_t* rows_data, int64_t rows, int64_t columns)
     : view{nullptr, rows, columns, type} {
   data = allocate<uint8_t>(view.bytes());
-  pack_blocks(type, rows_data, rows, columns, data.get());
+  const int64_t piece = std::max<int64_t>(1, kPackPiece / std::max<int64_t>(1, view.panel_bytes()));
+  in_pieces(view.panels(), piece, [&](int64_t begin, int64_t end) { pack_panels(view, rows_data, begin, end, data.get()); });
   view.data = data.get();
 }
 

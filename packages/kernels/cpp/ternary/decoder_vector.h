@@ -67,6 +67,15 @@ WF_INLINE Floats exponential(Floats x) {
   return times_power_of_two(fma(sum, r, all(1.0F)), n);
 }
 
+void store(const KvCache& cache, int64_t head, int64_t position, const float* key, const float* value) {
+  const int64_t dim = cache.head_dim, at = cache.row(head, position) * dim;
+  if (cache.type != KvType::f16 || dim % kLanes != 0) return store_kv(cache, head, position, key, value);
+  for (int64_t i = 0; i < dim; i += kLanes) {
+    store_halves(static_cast<uint16_t*>(cache.keys) + at + i, load_floats(key + i));
+    store_halves(static_cast<uint16_t*>(cache.values) + at + i, load_floats(value + i));
+  }
+}
+
 template <KvType kType>
 WF_INLINE Floats load_kv(const void* rows, int64_t at) {
   if constexpr (kType == KvType::f32) return load_floats(static_cast<const float*>(rows) + at);
@@ -141,6 +150,9 @@ void attention_heads(const KvCache& cache, int64_t kv_head, const float* q, int6
       int64_t at[kKeysTogether];
       for (int k = 0; k < kKeysTogether; ++k) {
         at[k] = (row + least(j + k, count - 1)) * dim;
+        // Values come next, from elsewhere.
+        const auto* value = static_cast<const uint8_t*>(cache.values) + at[k] * bytes_of(kType);
+        for (int64_t line = 0; line < dim * bytes_of(kType); line += 64) __builtin_prefetch(value + line);
         for (int h = 0; h < H; ++h) sum[h][k] = zeros();
       }
       for (int64_t i = 0; i < dim; i += kLanes) {

@@ -6,6 +6,11 @@
 
 namespace wf {
 
+// What rows of floats are stored as.
+enum class RowType : int { f32, f16, bf16 };
+
+constexpr int64_t bytes_of(RowType type) { return type == RowType::f32 ? 4 : 2; }
+
 enum class Activation : int { silu, relu2, gelu_tanh };
 
 // 0.5 x (1 + tanh(u)) = x / (1 + e^(-2u)) with u = sqrt(2 / pi) (x + 0.044715 x³); this is 2u.
@@ -16,12 +21,19 @@ struct FloatKernels {
   // y[token * y_stride + row] of the rows of panels [begin, end).
   void (*matmul_blocks)(const BlockMatrix& w, const FloatActivations& x, int64_t begin, int64_t end, float* y, int64_t y_stride);
 
+  // y[token * y_stride + row] = row · x[token] of `count` rows, [count, columns], and float32 x [tokens, columns].
+  void (*matmul_rows)(RowType type, const uint8_t* rows, int64_t count, int64_t columns, const float* x, int64_t tokens, float* y,
+                      int64_t y_stride);
+
   // y = x / sqrt(mean(x²) + epsilon) * weight; no weight where it is null. y may be x.
   void (*rms_norm)(const float* x, const float* weight, int64_t columns, float epsilon, float* y);
 
   // Rotates pairs (i, i + half) of each of `heads` vectors, `head_dim` apart, in place, by the angles of one position (NEOX's order):
   // (a, b) becomes (a cos - b sin, b cos + a sin). What lies beyond 2 * half stays.
   void (*rope)(float* x, const float* cos, const float* sin, int64_t heads, int64_t head_dim, int64_t half);
+
+  // `store_kv` (kv.h), which is the scalar one.
+  void (*store)(const KvCache& cache, int64_t head, int64_t position, const float* key, const float* value);
 
   // out[h] = sum over positions p in [first, last) of softmax(scale * q[h] · key[p]) * value[p] for the `group` query heads h,
   // [group, head_dim], that share a head of keys and values. The range is the mask: it ends behind the query's position (causal), begins

@@ -4,9 +4,10 @@
 #include "ternary/blocks_vector.h"
 #include "ternary/decoder_vector.h"
 #include "ternary/floats.h"
+#include "ternary/rows_vector.h"
 
 namespace wf {
 
-const FloatKernels kNeonFloats{matmul_blocks, rms_norm, rope, attention, activate, dot, accumulate};
+const FloatKernels kNeonFloats{matmul_blocks, matmul_rows, rms_norm, rope, store, attention, activate, dot, accumulate};
 
 }  // namespace wf

@@ -1,5 +1,6 @@
 // The reference: what the other instruction sets are tested against. Sums are kept in double precision.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 
 #include "ternary/floats.h"
@@ -11,22 +12,38 @@ namespace {
 
 void matmul_blocks(const BlockMatrix& w, const FloatActivations& x, int64_t begin, int64_t end, float* y, int64_t y_stride) {
   // On the stack: threads of the pool run this, where memory that runs out would end the process.
-  constexpr int64_t kColumns = 256, kTokens = 16;
+  constexpr int64_t kColumns = 256;
   float weights[kColumns];
-  double sums[kTokens];
+  double sums[kBlockTokens];
   for (int64_t row = begin * kPanelRows; row < std::min(end * kPanelRows, w.rows); ++row) {
-    for (int64_t first = 0; first < x.tokens; first += kTokens) {
-      const int64_t tokens = std::min(kTokens, x.tokens - first);
+    for (int64_t tile = 0; tile < token_tiles(x.tokens); ++tile) {
+      const int64_t first = tile_begin(x.tokens, tile), tokens = tile_begin(x.tokens, tile + 1) - first;
       std::fill_n(sums, tokens, 0.0);
       for (int64_t column = 0; column < w.columns; column += kColumns) {
         const int64_t columns = std::min(kColumns, w.columns - column);
         unpack_columns(w, row, column, column + columns, weights);
-        for (int64_t token = 0; token < tokens; ++token) {
-          const float* inputs = x.x + (first + token) * x.stride + column;
-          for (int64_t i = 0; i < columns; ++i) sums[token] += static_cast<double>(weights[i]) * static_cast<double>(inputs[i]);
+        const float* inputs = x.x + first * w.columns + column * tokens;
+        for (int64_t i = 0; i < columns; ++i) {
+          for (int64_t token = 0; token < tokens; ++token) sums[token] += static_cast<double>(weights[i]) * static_cast<double>(*inputs++);
         }
       }
       for (int64_t token = 0; token < tokens; ++token) y[(first + token) * y_stride + row] = static_cast<float>(sums[token]);
+    }
+  }
+}
+
+void matmul_rows(RowType type, const uint8_t* rows, int64_t count, int64_t columns, const float* x, int64_t tokens, float* y,
+                 int64_t y_stride) {
+  const auto weight = [=](int64_t at) {
+    if (type == RowType::f32) return reinterpret_cast<const float*>(rows)[at];
+    const uint16_t bits = reinterpret_cast<const uint16_t*>(rows)[at];
+    return type == RowType::f16 ? half_to_float(bits) : std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+  };
+  for (int64_t token = 0; token < tokens; ++token) {
+    for (int64_t row = 0; row < count; ++row) {
+      double sum = 0.0;
+      for (int64_t i = 0; i < columns; ++i) sum += static_cast<double>(weight(row * columns + i)) * static_cast<double>(x[token * columns + i]);
+      y[token * y_stride + row] = static_cast<float>(sum);
     }
   }
 }
@@ -105,6 +122,6 @@ void accumulate(float* y, const float* x, int64_t count) {
 
 }  // namespace
 
-const FloatKernels kScalarFloats{matmul_blocks, rms_norm, rope, attention, activate, dot, accumulate};
+const FloatKernels kScalarFloats{matmul_blocks, matmul_rows, rms_norm, rope, store_kv, attention, activate, dot, accumulate};
 
 }  // namespace wf

@@ -16,6 +16,12 @@ WF_INLINE Floats zeros() { return _mm256_setzero_ps(); }
 WF_INLINE Floats all(float value) { return _mm256_set1_ps(value); }
 WF_INLINE Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
 WF_INLINE Floats load_halves(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+WF_INLINE Floats load_brains(const void* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))), 16));
+}
+WF_INLINE void store_halves(void* p, Floats value) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 WF_INLINE __m256i first_lanes(int64_t count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(least(count, 8))), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
@@ -50,7 +56,21 @@ WF_INLINE void sums_of(const Floats (&of)[4], float* out) {
 }
 
 WF_INLINE Ints widen_signed(const void* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))); }
+WF_INLINE Ints widen_unsigned(const void* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))); }
 WF_INLINE Floats to_floats(Ints value) { return _mm256_cvtepi32_ps(value); }
+WF_INLINE Ints low_nibble(Ints value) { return _mm256_and_si256(value, _mm256_set1_epi32(15)); }
+WF_INLINE Ints right(Ints value, unsigned by) { return _mm256_srli_epi32(value, static_cast<int>(by)); }
+WF_INLINE Ints left(Ints value, unsigned by) { return _mm256_slli_epi32(value, static_cast<int>(by)); }
+// Byte k of each lane, less a whole number: 2^23 + byte is a float with the byte in its lowest bits.
+WF_INLINE Floats byte_less(Ints four, int k, float less) {
+  const Ints byte = _mm256_and_si256(_mm256_srli_epi32(four, 8 * k), _mm256_set1_epi32(0xff));
+  const Ints bits = _mm256_or_si256(byte, _mm256_set1_epi32(0x4b000000));
+  return _mm256_sub_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(0x1p23F + less));
+}
+WF_INLINE Ints load_ints(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+WF_INLINE Ints bits_of(Ints value, int mask) { return _mm256_and_si256(value, _mm256_set1_epi32(mask)); }
+// a | (b & mask)
+WF_INLINE Ints with_bits(Ints a, Ints b, int mask) { return _mm256_or_si256(a, _mm256_and_si256(b, _mm256_set1_epi32(mask))); }
 
 }  // namespace
 }  // namespace wf

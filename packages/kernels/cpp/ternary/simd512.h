@@ -16,6 +16,12 @@ WF_INLINE Floats zeros() { return _mm512_setzero_ps(); }
 WF_INLINE Floats all(float value) { return _mm512_set1_ps(value); }
 WF_INLINE Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
 WF_INLINE Floats load_halves(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+WF_INLINE Floats load_brains(const void* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))), 16));
+}
+WF_INLINE void store_halves(void* p, Floats value) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 WF_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1); }
 WF_INLINE Floats load_some(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first_lanes(count), p); }
 WF_INLINE void store_some(float* p, Floats value, int64_t count) { _mm512_mask_storeu_ps(p, first_lanes(count), value); }
@@ -43,7 +49,21 @@ WF_INLINE void sums_of(const Floats (&of)[4], float* out) {
 }
 
 WF_INLINE Ints widen_signed(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+WF_INLINE Ints widen_unsigned(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
 WF_INLINE Floats to_floats(Ints value) { return _mm512_cvtepi32_ps(value); }
+WF_INLINE Ints low_nibble(Ints value) { return _mm512_and_si512(value, _mm512_set1_epi32(15)); }
+WF_INLINE Ints right(Ints value, unsigned by) { return _mm512_srli_epi32(value, by); }
+WF_INLINE Ints left(Ints value, unsigned by) { return _mm512_slli_epi32(value, by); }
+// Byte k of each lane, less a whole number: 2^23 + byte is a float with the byte in its lowest bits.
+WF_INLINE Floats byte_less(Ints four, int k, float less) {
+  const Ints shifted = k == 0 ? four : _mm512_srli_epi32(four, static_cast<unsigned>(8 * k));
+  const Ints bits = _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi32(0xff), _mm512_set1_epi32(0x4b000000), 0xea);
+  return _mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p23F + less));
+}
+WF_INLINE Ints load_ints(const void* p) { return _mm512_loadu_si512(p); }
+WF_INLINE Ints bits_of(Ints value, int mask) { return _mm512_and_si512(value, _mm512_set1_epi32(mask)); }
+// a | (b & mask)
+WF_INLINE Ints with_bits(Ints a, Ints b, int mask) { return _mm512_ternarylogic_epi32(a, b, _mm512_set1_epi32(mask), 0xf8); }
 
 }  // namespace
 }  // namespace wf

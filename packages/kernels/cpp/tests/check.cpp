@@ -222,12 +222,37 @@ void blocks(const wf::FloatKernels& isa) {
       w.data = data.get();
       const std::vector<float> x = normal(tokens * w.columns);
       std::vector<float> sums(static_cast<size_t>(tokens * w.groups()));
-      for (int64_t t = 0; t < tokens; ++t) wf::sum_groups(w, x.data() + t * w.columns, sums.data() + t * w.groups());
+      std::vector<float> arranged(x.size());
+      wf::arrange(w, x.data(), tokens, arranged.data(), sums.data());
       std::vector<float> got(static_cast<size_t>(tokens * rows)), expected = got;
-      const wf::FloatActivations activations{x.data(), sums.data(), tokens, w.columns};
+      const wf::FloatActivations activations{arranged.data(), sums.data(), tokens};
       isa.matmul_blocks(w, activations, 0, w.panels(), got.data(), rows);
       wf::kScalarFloats.matmul_blocks(w, activations, 0, w.panels(), expected.data(), rows);
       near(got, expected, 2e-6F, "blocks of type " + std::to_string(i));
+    }
+  }
+}
+
+// Rows of floats; a token's results are the same whatever comes with it.
+void rows(const wf::FloatKernels& isa) {
+  for (const auto type : {wf::RowType::f32, wf::RowType::f16, wf::RowType::bf16}) {
+    for (const int64_t columns : {1, 7, 64, 579}) {
+      constexpr int64_t kRows = 11, kTokens = 7;
+      std::vector<float> weights = normal(kRows * columns);
+      std::vector<uint16_t> bits;
+      for (const float value : weights) {
+        uint32_t whole;
+        std::memcpy(&whole, &value, 4);
+        bits.push_back(type == wf::RowType::f16 ? wf::float_to_half(value) : static_cast<uint16_t>(whole >> 16));
+      }
+      const auto* data = type == wf::RowType::f32 ? reinterpret_cast<const uint8_t*>(weights.data()) : reinterpret_cast<const uint8_t*>(bits.data());
+      const std::vector<float> x = normal(kTokens * columns);
+      std::vector<float> got(kRows * kTokens), expected = got, alone = got;
+      isa.matmul_rows(type, data, kRows, columns, x.data(), kTokens, got.data(), kRows);
+      wf::kScalarFloats.matmul_rows(type, data, kRows, columns, x.data(), kTokens, expected.data(), kRows);
+      near(got, expected, 2e-6F, "rows of type " + std::to_string(static_cast<int>(type)));
+      for (int64_t t = 0; t < kTokens; ++t) isa.matmul_rows(type, data, kRows, columns, x.data() + t * columns, 1, alone.data() + t * kRows, kRows);
+      if (alone != got) fail("rows of one token");
     }
   }
 }
@@ -269,7 +294,18 @@ void decoder(const wf::FloatKernels& isa) {
       std::vector<float> key_scales(kHeads * kPositions), value_scales(kHeads * kPositions);
       const wf::KvCache cache{type, kHeads, kPositions, dim, keys.data(), values.data(), key_scales.data(), value_scales.data()};
       for (int64_t position = 0; position < kPositions; ++position) {
-        for (int64_t head = 0; head < kHeads; ++head) wf::store_kv(cache, head, position, normal(dim).data(), normal(dim).data());
+        for (int64_t head = 0; head < kHeads; ++head) {
+          const std::vector<float> key = normal(dim), value = normal(dim);
+          isa.store(cache, head, position, key.data(), value.data());
+          std::vector<float> own_keys(elements), own_values(elements), own_scales(kHeads * kPositions);
+          const wf::KvCache own{type, kHeads, kPositions, dim, own_keys.data(), own_values.data(), own_scales.data(), own_scales.data()};
+          wf::store_kv(own, head, position, key.data(), value.data());
+          const size_t size = static_cast<size_t>(dim * wf::bytes_of(type)), at = static_cast<size_t>(cache.row(head, position)) * size;
+          const auto same = [&](const std::vector<float>& a, const std::vector<float>& b) {
+            return std::memcmp(reinterpret_cast<const char*>(a.data()) + at, reinterpret_cast<const char*>(b.data()) + at, size) == 0;
+          };
+          if (!same(keys, own_keys) || !same(values, own_values)) fail("kept keys and values");
+        }
       }
       const std::vector<float> q = normal(kQueries * dim);
       for (const auto& [first, last] : {std::array<int64_t, 2>{0, 131}, {0, 1}, {50, 114}, {5, 70}, {9, 9}}) {
@@ -370,6 +406,7 @@ int main(int argc, char** argv) {
     largest_sums(*isa, 1, 2'200'000, 1);
     not_finite(*isa);
     blocks(wf::float_kernels(isa->isa));
+    rows(wf::float_kernels(isa->isa));
     decoder(wf::float_kernels(isa->isa));
     low_rank(*isa);
     threads(*isa);

@@ -81,7 +81,7 @@ class KvCache:
         if len(self) + len(found) > self.capacity:
             raise ValueError(f"keys: there is room for {self.capacity - len(self)} tokens, not {len(found)}")
         added = _finite("values", _shaped("values", values, found.shape))
-        self._cache.append(_finite("keys", found), added)
+        self._cache.append(isa(), _finite("keys", found), added)
 
     def attention(self, q: NDArray[np.float32], ranges: NDArray[np.int64], scale: float) -> NDArray[np.float32]:
         """Return softmax(scale · q · keysᵀ) · values, `[tokens, query heads, head_dim]`.
