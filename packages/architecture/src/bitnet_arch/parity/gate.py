@@ -17,7 +17,8 @@ What the status says:
 * **proven**: engines ran the file, on enough positions, and every figure lies within its bound. Only the activation ratios
   and the margins of changed choices (`MAY_STAY_OPEN`, which says why) may be undecided; the reason then names them.
 * **unproven**: anything else, with the reason: no engine ran the file, or not the one that this project did not write although it
-  could; too few positions; or a figure that rounding explains and a wrong weight type would explain, too (undecided).
+  could; too few positions; a diffusion model, whose attention in both directions no engine is compared in; or a figure that
+  rounding explains and a wrong weight type would explain, too (undecided).
 
 Quantised embeddings (Q8_0, Q6_K, Q4_1) change the model by choice. The engine is then compared with training's forward *with the
 file's embeddings*, and what the embeddings themselves cost is measured and told in the reason. Beyond `perplexity_cap` the file is
@@ -167,17 +168,12 @@ def run_gate(
         measured = _Measured(differences, layers, tokenizers, runs)
         _compare(stream, measured, ids, report_progress)
         details = digests | {"context": ids.shape[1] - 1}
-        if missing := _not_reached(reader.model_config, ids.shape[1] - 1):
-            details["not_reached"] = missing
+        sliding = getattr(reader.model_config, "sliding_window", None) or 0
+        if sliding >= ids.shape[1] - 1:
+            details["not_reached"] = f"no context is longer than the sliding window of {sliding}"
+        if diffusion_of(reader.model_config) is not None:
+            details["not_compared"] = "attention in both directions, which diffusion decodes with, was not compared"
     return _report(written, measured, bounds, ids[:, 1:].numel(), details)
-
-
-def _not_reached(config: Any, context: int) -> str:
-    """Return what no comparison of these windows says anything of; empty if nothing."""
-    sliding = getattr(config, "sliding_window", None) or 0
-    if diffusion_of(config) is not None:
-        return "attention in both directions, which diffusion decodes with, was not compared"
-    return f"no context is longer than the sliding window of {sliding}" if sliding >= context else ""
 
 
 def _run_of(engine: EngineInfo, targets: torch.Tensor, embeddings: bool) -> _Run:
@@ -326,6 +322,8 @@ def _why_no_proof(report: ParityReport, written: GgufFile, measured: _Measured, 
         return f"{why or 'no engine ran the file'}: bytes, tokens, layers and the packed model were compared"
     if report.positions < bounds.min_positions:
         return f"only {report.positions} positions were compared, and a proof needs {bounds.min_positions}"
+    if "not_compared" in report.details:
+        return str(report.details["not_compared"])
     foreign = [run.positions for run in measured.runs if run.engine.handling == "llama.cpp"]
     needed = min(bounds.min_foreign, bounds.min_positions)
     if why is None and not foreign:
