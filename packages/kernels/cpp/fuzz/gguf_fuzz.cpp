@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -55,6 +56,9 @@ class Caller {
           wf_cancel(engine_);
           cancelled_ = true;
           break;
+        case 3:
+          text();
+          break;
         default:
           step();
       }
@@ -77,6 +81,22 @@ class Caller {
   void copy() {
     const int64_t from = slot(), to = slot(), length = next() % 4;
     if (good(wf_copy(engine_, from, to, length))) expected_[static_cast<size_t>(to)] = length;
+  }
+
+  // A tokenizer that gives as many tokens as it was told to, or an error.
+  static int64_t tokens_of(void* context, const char*, int32_t* tokens, int64_t capacity) {
+    const int64_t wanted = *static_cast<const int64_t*>(context);
+    for (int64_t i = 0; i < std::min(wanted, capacity); ++i) tokens[i] = static_cast<int32_t>(i);
+    return wanted;
+  }
+
+  void text() {
+    const int64_t at = slot();
+    int64_t wanted = next() % 8 - 1, count = 0;
+    const wf_status status = wf_step_text(engine_, at, "text", tokens_of, &wanted, nullptr, &count);
+    demand(status != WF_CANCELLED || cancelled_, "nothing is cancelled that nobody cancelled");
+    if (status == WF_OK || status == WF_CANCELLED || status == WF_NOT_FINITE) cancelled_ = false;
+    if (good(status)) expected_[static_cast<size_t>(at)] += count;
   }
 
   void step() {
@@ -102,6 +122,7 @@ class Caller {
       int64_t token = -1;
       demand(wf_sample(logits.data(), info_.vocabulary, &sampler, 1, &token) == WF_OK && token >= 0 && token < info_.vocabulary,
              "a token can be drawn from logits");
+      demand(wf_log_probabilities(logits.data(), results, info_.vocabulary) == WF_OK, "logits have probabilities");
     }
   }
 
