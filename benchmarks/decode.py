@@ -10,7 +10,8 @@ round by round, and a column "of limit" is the median over rounds of a ratio ins
 * The limit of a prompt is the integer dot product of the widest registers.
 * One thread is timed by its own clock, which stands while a neighbour has the processor. Two threads, llama.cpp, and what
   llama.cpp is compared with are timed by the wall's.
-* llama.cpp (xllamacpp, an AVX2 build) runs the same file. Its server also samples, which ours does not.
+* llama.cpp (xllamacpp, an AVX2 build) runs the same file: TQ2_0, but Q2_0 where rows are no multiple of 256. Its server also
+  samples, which ours does not.
 * Tokens are decoded at a context of 64; the curve over context says what more costs. Keys and values are kept in f16.
 """
 
@@ -41,7 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 PROMPTS = {"2b4t": 128, "smollm2-135m": 512}
 BATCHES, CONTEXTS, SHORT = (1, 2, 4, 8, 16, 32), (64, 256, 512, 1000), 64
-DECODED, DOTS, READ_ROWS = 8, 4_000_000, 1 << 16
+DECODED, DOTS, READ_ROWS, READS = 8, 4_000_000, 1 << 16, 8
 PEER_PROMPT, PEER_GOPS = 446, 428e9
 """Tokens a second of the best other engine on SmolLM2's prompt of 512, and the integer peak of the run that measured it."""
 
@@ -61,7 +62,7 @@ def write_model(path: Path, shape: dict[str, Any]) -> tuple[int, int]:
     writer.add_tokenizer_pre("default")
     writer.add_token_list([f"<{token}>" for token in range(shape["vocabulary"])])
     writer.add_token_types([1] * shape["vocabulary"])
-    writer.add_token_merges([])
+    writer.add_token_merges(["< 0"])
     writer.add_eos_token_id(0)
     table = rng.standard_normal((4096, width), dtype=np.float32)
     kind = {"q6_k": gguf.GGMLQuantizationType.Q6_K, "q8_0": gguf.GGMLQuantizationType.Q8_0}[shape["head"]]
@@ -84,11 +85,14 @@ def write_model(path: Path, shape: dict[str, Any]) -> tuple[int, int]:
     return weights // 4 + encoded.nbytes, weights
 
 
-def ternary(rng: np.random.Generator, rows: int, columns: int) -> tuple[np.ndarray, None, gguf.GGMLQuantizationType]:
-    """Return what `GGUFWriter.add_tensor` takes of a random matrix: TQ2_0, or Q2_0 where rows are too narrow for it."""
+def ternary(rng: np.random.Generator, rows: int, columns: int) -> tuple[np.ndarray, None, int]:
+    """Return what `GGUFWriter.add_tensor` takes of a random matrix: TQ2_0, or Q2_0 where rows are too narrow for it.
+
+    The type is a number, because gguf-py has no name for Q2_0.
+    """
     kind = "q2_0" if columns % 256 else "tq2_0"
     codes = rng.integers(-1, 2, (rows, columns), dtype=np.int8)
-    return TYPES[kind].encode(codes, np.float16(0.02)), None, gguf.GGMLQuantizationType(TYPES[kind].ggml_id)
+    return TYPES[kind].encode(codes, np.float16(0.02)), None, TYPES[kind].ggml_id
 
 
 OPENED = """
@@ -195,7 +199,7 @@ def measure(name: str, file: Path, threads: int, options: Any) -> tuple[list[dic
         walls[what].append(perf_counter() - start)
 
     contenders: dict[str, Callable[[], object]] = {
-        "read": on_all(lambda: _native.time_read(reading, 1)),
+        "read": on_all(lambda: _native.time_read(reading, READS)),
         "peak": on_all(lambda: _native.time_dot(DOTS)),
         "prompt": lambda: compared("prompt", ours.prompt),
         "decode": lambda: compared("decode", ours.decode),
@@ -210,7 +214,7 @@ def measure(name: str, file: Path, threads: int, options: Any) -> tuple[list[dic
         contenders |= {f"context {context}": lambda context=context: ours.decode(context) for context in CONTEXTS}
     seconds = interleaved(contenders, options.rounds, perf_counter if wall else thread_time)
     # Seconds that reading a token's weights takes, and that the prompt's products take, at the limits of each round.
-    read = [nbytes / (threads * reading[0].nbytes / taken) for taken in seconds["read"]]
+    read = [nbytes / (threads * READS * reading[0].nbytes / taken) for taken in seconds["read"]]
     operations = threads * _native.time_dot(DOTS)[1]
     peak = [2 * weights * length / (operations / taken) for taken in seconds["peak"]]
     one = [taken / DECODED for taken in seconds["decode"]]
