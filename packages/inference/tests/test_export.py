@@ -9,6 +9,7 @@ import typing
 import numpy as np
 import pytest
 from bitnet_arch import ConversionConfig, UserError, convert_model, open_weights, save_master, save_packed
+from bitnet_arch.diffusion import add_mask_token
 from bitnet_arch.gguf import ARCHITECTURES, EMBEDDING_TYPES, export_gguf, read_gguf
 from bitnet_arch.parity import ParityError
 from bitnet_arch.parity.proof import proof_status
@@ -279,6 +280,16 @@ def test_the_native_engine_proves_what_llama_cpp_does_not_run(tmp_path):
     assert (report.status, report.engine, report.positions) == ("proven", "native (bitnet_kernels)", 1000)
     assert proof_status(tmp_path / "out.gguf") == ("proven", report.reason)
     assert read_gguf(tmp_path / "out.gguf").metadata["wrinklefree.parity.engine"] == "native (bitnet_kernels)"
+
+
+def test_a_diffusion_models_file_is_unproven_though_causal_attention_agrees(tmp_path):
+    model, tokenizer = tiny_bitnet(**SHAPE), tiny_tokenizer()
+    add_mask_token(model, tokenizer, block_size=4, token_shift=True)
+    save_master(model, tmp_path / "m", tokenizer)
+    report = export_proven(tmp_path / "m", tmp_path / "out.gguf")
+    assert (report.status, report.failed_checks(), report.positions) == ("unproven", [], 1000)
+    assert report.reason == "attention in both directions, which diffusion decodes with, was not compared"
+    assert any(check.name == "native.mean_kl" and check.holds for check in report.checks)
 
 
 def test_auto_takes_both_engines_and_a_choice_takes_one(directory, tmp_path, monkeypatch):
