@@ -90,7 +90,7 @@ def main() -> None:
     """Run the benchmark."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--directory", type=Path, help="a master directory instead of SmolLM2-135M")
-    arguments.add_argument("--steps", type=int, default=16, help="of training (16)")
+    arguments.add_argument("--steps", type=int, default=40, help="of training (40)")
     arguments.add_argument("--windows", type=int, default=8, help="of 256 tokens (8)")
     arguments.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     arguments.add_argument("--threads", type=int, default=1, help="torch's CPU threads (1)")
