@@ -153,3 +153,27 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   wf_close(engine);
   return 0;
 }
+
+#ifdef WF_FUZZ_MAIN
+// Without libFuzzer: gguf_fuzz COUNT FILE ... runs each file, and COUNT damaged copies of it.
+#include <fstream>
+#include <iterator>
+#include <random>
+
+int main(int count, char** arguments) {
+  std::mt19937_64 random(1);
+  for (int i = 2; i < count; ++i) {
+    std::ifstream file(arguments[i], std::ios::binary);
+    const std::string data{std::istreambuf_iterator<char>(file), {}};
+    demand(data.size() > kTrailer, "a file of the corpus can be read");
+    for (long copy = 0; copy <= std::atol(arguments[1]); ++copy) {
+      std::string damaged = data;
+      for (size_t at = data.size() - kTrailer; copy > 0 && at < data.size(); ++at) damaged[at] = static_cast<char>(random());
+      for (uint64_t bytes = copy == 0 ? 0 : random() % 4; bytes > 0; --bytes) damaged[random() % std::min<size_t>(2000, data.size())] ^= static_cast<char>(1 << random() % 8);
+      LLVMFuzzerTestOneInput(reinterpret_cast<const uint8_t*>(damaged.data()), damaged.size());
+    }
+  }
+  std::puts("ok");
+  return 0;
+}
+#endif
