@@ -99,7 +99,8 @@ def test_a_forked_child_has_threads_of_its_own():
     child = os.fork()
     if child == 0:
         good = False
-        try:  # whatever happens, the child never goes on with its parent's tests
+        # Whatever happens, the child never goes on with its parent's tests: it would be a second worker of pytest-xdist, for ever.
+        try:
             good = all(np.array_equal(w.matmul(x), expected) for _ in range(20))
             bitnet_kernels.set_threads(2)
             good = good and np.array_equal(w.matmul(x), expected)
