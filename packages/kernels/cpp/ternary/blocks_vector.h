@@ -7,14 +7,14 @@ namespace wf {
 namespace {
 
 constexpr int kHalves = 16 / kLanes;  // of a panel
-constexpr int kParts = kLanes == 8 ? 1 : 2;  // sums of even and odd columns do not wait for each other; AVX2 has no registers for that
 constexpr int kBlockStreams = 4;
 constexpr int kBlockPrefetch = 2048;
 
 // Each type: `scales` makes a group's factor, `codes` calls use(column, codes of kLanes rows as floats) for a group's columns, in an
-// order in which nothing waits in registers. `finish` is what a token's sum gains from a group's.
+// order in which nothing waits in registers. Sums are in `kParts`, of every second column, where that is faster: not for AVX2, which has
+// 16 registers. `finish` is what a token's sum gains from a group's.
 struct Q8 {
-  static constexpr int kGroups = 1, kColumns = 32, kBytes = 544;
+  static constexpr int kGroups = 1, kColumns = 32, kBytes = 544, kParts = 1;
   WF_INLINE static Floats scale(const uint8_t* block, int, int half) { return load_halves(block + 2 * kLanes * half); }
   WF_INLINE static Floats finish(const uint8_t*, int, Floats scale, Floats part, Floats sum, float) { return fma(scale, part, sum); }
   template <typename Use>
@@ -25,7 +25,7 @@ struct Q8 {
 };
 
 struct Q4 {
-  static constexpr int kGroups = 1, kColumns = 32, kBytes = 320;
+  static constexpr int kGroups = 1, kColumns = 32, kBytes = 320, kParts = 1;
   WF_INLINE static Floats scale(const uint8_t* block, int, int half) { return load_halves(block + 2 * kLanes * half); }
   WF_INLINE static Floats finish(const uint8_t* block, int half, Floats scale, Floats part, Floats sum, float group_sum) {
     return fma(load_halves(block + 32 + 2 * kLanes * half), all(group_sum), fma(scale, part, sum));
@@ -42,7 +42,7 @@ struct Q4 {
 };
 
 struct Q6 {
-  static constexpr int kGroups = 16, kColumns = 16, kBytes = 3392;
+  static constexpr int kGroups = 16, kColumns = 16, kBytes = 3392, kParts = kLanes == 8 ? 1 : 2;
   WF_INLINE static Floats scale(const uint8_t* block, int group, int half) {
     const Floats factor = to_floats(widen_signed(block + 32 + 16 * group + kLanes * half));
     return multiply(load_halves(block + 2 * kLanes * half), factor);
@@ -88,7 +88,7 @@ template <typename Type, int P, int T>
         }
 #pragma GCC unroll 2
         for (int half = 0; half < kHalves; ++half) {
-          Floats part[T][kParts];
+          Floats part[T][Type::kParts];
 #pragma GCC unroll 8
           for (int t = 0; t < T; ++t) {
             for (auto& value : part[t]) value = zeros();
@@ -96,14 +96,14 @@ template <typename Type, int P, int T>
           Type::codes(at, group, half, [&](int column, Floats codes) {
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) {
-              Floats& value = part[t][column % kParts];
+              Floats& value = part[t][column % Type::kParts];
               value = fma(codes, all(of_tokens[column * T + t]), value);
             }
           });
           const Floats scale = Type::scale(at, group, half);
 #pragma GCC unroll 8
           for (int t = 0; t < T; ++t) {
-            const Floats whole = kParts == 1 ? part[t][0] : add(part[t][0], part[t][kParts - 1]);
+            const Floats whole = Type::kParts == 1 ? part[t][0] : add(part[t][0], part[t][Type::kParts - 1]);
             sum[p][half][t] = Type::finish(at, half, scale, whole, sum[p][half][t], sums[t]);
           }
         }
