@@ -128,6 +128,7 @@ def test_a_key_that_nothing_computes_is_refused_by_name_unless_it_changes_nothin
         ("gemma3", {"attention.sliding_window_pattern": 2}, "sliding_window_pattern"),
         ("gemma3", {"rope.freq_base_swa": -1.0}, "rotary"),
         ("gemma3", {"block_count": 5}, "all of its layers slide"),
+        ("gemma3", {"attention.sliding_window": 0}, "all of its layers slide"),
         ("ours-i2s", {"attention.sliding_window_pattern": [True, True]}, "all of its layers slide"),
         ("ours-i2s", {"logit_softcap": -1.0}, "soft|cap"),
         ("ours-i2s", {"attention.logit_softcap": -1.0}, "soft|cap"),

@@ -251,8 +251,8 @@ class Loader {
     }
     const bool any = std::count(slides.begin(), slides.end(), true) > 0;
     if (!may_slide && (any || (window > 0 && window < model_.context))) keys_.fail("it has a sliding window, which its family has not");
-    // Transformers' configuration has rotary positions of Gemma's full layers only where there are such layers.
-    if (gemma() && std::count(slides.begin(), slides.end(), false) == 0) keys_.fail("all of its layers slide, which a Gemma 3 cannot have");
+    // Transformers' configuration has rotary positions of both kinds of Gemma's layers only where there are both.
+    if (gemma() && (!any || std::count(slides.begin(), slides.end(), false) == 0)) keys_.fail("all of its layers slide or none, which a Gemma 3 cannot have");
     if (window == 0 && any) keys_.fail("it has layers that slide and no window");
     if (!may_slide) return;
     for (size_t i = 0; i < model_.layers.size(); ++i) {

@@ -186,8 +186,8 @@ def _sliding(keys: FileKeys, family: str, layers: int) -> dict[str, Any]:
         raise keys.fail(f"it has no key {OURS}.{key}, so that nothing says which layers slide")
     if not 0 <= window <= LARGEST_SIZE or (window == 0 and any(pattern)):
         raise keys.fail(f"its layers slide with a window of {window}")
-    if gemma and all(pattern):  # transformers' configuration would have no rotary positions of full layers
-        raise keys.fail("all of its layers slide, which a Gemma 3 cannot have")
+    if gemma and len(set(pattern)) < 2:  # transformers' configuration would not have rotary positions of both kinds
+        raise keys.fail("all of its layers slide or none, which a Gemma 3 cannot have")
     if not may_slide and (any(pattern) or 0 < window < keys.get("context_length", int)):
         raise keys.fail(f"it has a sliding window, which a {family} has not")
     if not may_slide or (window == 0 and not gemma):
