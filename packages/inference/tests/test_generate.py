@@ -17,7 +17,7 @@ from bitnet_kernels import Engine
 from torch.nn import functional as F
 from wrinklefree_inference import native
 from wrinklefree_inference.cli import main
-from wrinklefree_inference.generate import Options, TextStream, generate_llamacpp, generate_torch, token_ids
+from wrinklefree_inference.generate import Options, TextStream, generate_diffusion, generate_llamacpp, generate_torch, token_ids
 from wrinklefree_inference.native import generate_native
 
 PROMPT = "A ternary weight"
@@ -290,6 +290,35 @@ def test_a_diffusion_model_is_decoded_in_blocks_and_says_what_that_cost(diffusin
     assert (answers["1"]["threshold"], answers["1"]["cache"]) == (1.0, "prefix")
     assert answers["0"]["forwards"] < answers["1"]["forwards"]
     assert "<|mask|>" not in answers["0"]["text"]
+
+
+def test_a_file_of_a_diffusion_model_is_decoded_in_blocks_by_the_native_engine_alone(diffusing, tmp_path, capsys):
+    file = tmp_path / "diffusion.gguf"
+    export_gguf(diffusing, file)
+
+    def answer(model, *more):
+        assert main(["generate", str(model), PROMPT, "--max-tokens", "12", "--json", *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    model, tokenizer = from_gguf(file), load_tokenizer(diffusing)  # the file's own numbers: its embeddings are rounded
+    for threshold in ("1", "0"):
+        found = answer(file, "--threshold", threshold)
+        assert (found["engine"], found["cache"], found["threshold"]) == ("native", "prefix", float(threshold))
+        how = DecodeOptions(max_tokens=12, threshold=float(threshold))
+        expected = generate_diffusion(model, tokenizer, PROMPT, how, lambda piece: None)
+        for key in ("text", "stop", "tokens", "prompt_tokens"):
+            assert found[key] == getattr(expected, key), key
+    assert answer(file, "--threshold", "1")["forwards"] > answer(file, "--threshold", "0")["forwards"]
+    for more, said in [
+        (["--cache", "dual"], "has no cache 'dual'"),
+        (["--max-tokens", "0"], "max tokens is 0"),
+        (["--engine", "llama.cpp"], "llama.cpp cannot run"),
+        (["--engine", "llama.cpp", "--threshold", "0.5"], "--threshold has no effect on llama.cpp"),
+    ]:
+        assert main(["generate", str(file), PROMPT, *more]) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("option", [["--threshold", "0.9"], ["--sub-block", "4"], ["--cache", "dual"]], ids=lambda x: x[0][2:])

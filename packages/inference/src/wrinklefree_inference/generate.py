@@ -1,6 +1,6 @@
 """`generate`: text from a model directory (PyTorch) or a GGUF file (the native engine, or llama.cpp), written as it comes.
 
-A directory of a diffusion model decodes block by block (`bitnet_arch.generation`); options of that kind are refused elsewhere.
+A diffusion model decodes block by block (`bitnet_arch.generation`); options of that kind are refused elsewhere.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from bitnet_arch import UserError, load_model, load_tokenizer
 from bitnet_arch.bitlinear import constant_weights
 from bitnet_arch.diffusion import diffusion_of
-from bitnet_arch.generation import CACHES, DecodeOptions, decode
+from bitnet_arch.generation import CACHES, Decoded, DecodeOptions, decode
 from bitnet_arch.parity import no_engine
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -186,17 +186,40 @@ def generate_diffusion(
         UserError: if the prompt has no token or leaves no room for one.
     """
     ids = tokenizer(prompt).input_ids
-    ends, stream = end_token_ids(model, tokenizer), TextStream(tokenizer, emit)
+    ends = end_token_ids(model, tokenizer)
+    prompt_ids = torch.tensor(ids, dtype=torch.int64)
+    return blocks_of_text(tokenizer, len(ids), ends, emit, lambda push: decode(model, prompt_ids, options, ends=ends, emit=push))
+
+
+def blocks_of_text(
+    tokenizer: PreTrainedTokenizerFast,
+    prompt_tokens: int,
+    ends: Collection[int],
+    emit: Emit,
+    decode: Callable[[Callable[[list[int]], None]], Decoded],
+) -> Generated:
+    """Make text of what a decoding in blocks emits.
+
+    Args:
+        tokenizer: the model's.
+        prompt_tokens: tokens of the prompt.
+        ends: tokens that end a text, and are no part of it.
+        emit: called with each piece of text.
+        decode: decodes, and calls what it is given with the tokens of each sub-block.
+    """
+    stream = TextStream(tokenizer, emit)
 
     def push(tokens: list[int]) -> None:
         for token in tokens:
             if token not in ends:
                 stream.push(token)
 
-    text = decode(model, torch.tensor(ids, dtype=torch.int64), options, ends=ends, emit=push)
+    text = decode(push)
     stream.close()
     tokens = len(text.tokens) - (text.stop == "eos")
-    return Generated(text=stream.text, stop=text.stop, prompt_tokens=len(ids), tokens=tokens, forwards=text.statistics.forwards)
+    return Generated(
+        text=stream.text, stop=text.stop, prompt_tokens=prompt_tokens, tokens=tokens, forwards=text.statistics.forwards
+    )
 
 
 def generate_llamacpp(file: Path, prompt: str, options: Options, emit: Emit) -> Generated:
@@ -291,7 +314,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--max-tokens", type=int, default=128, help="at most so many new tokens (128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default); above, samples")
     parser.add_argument("--seed", type=int, default=0, help="makes sampling reproducible (0)")
-    diffusion = parser.add_argument_group("diffusion models", "how directories whose config.json has 'diffusion' are decoded")
+    diffusion = parser.add_argument_group(
+        "diffusion models",
+        "how directories and, with the cache prefix, GGUF files of them are decoded",
+    )
     diffusion.add_argument("--threshold", type=float, help="fill in every token that is likelier (0.9); 1: one token a forward")
     diffusion.add_argument("--sub-block", type=int, help="tokens of a block that are filled in before the next ones (8)")
     diffusion.add_argument("--cache", choices=CACHES, help="keys and values that are kept: prefix is exact, dual is not (prefix)")
@@ -322,14 +348,20 @@ def run(arguments: argparse.Namespace) -> int:
         start = time.perf_counter()
         used: Options | DecodeOptions = options
         if model.kind == "gguf":
-            _check_no_effect(given, "a GGUF file")
             engine = arguments.engine or ENGINES[0]
-            try:
-                result = _engine_of(engine)(model.path, prompt, options, emit)
-            except UserError:
-                if engine == "llama.cpp" and (why := _needs_native(model.path)):
-                    raise UserError(f"llama.cpp cannot run {model.path} ({why}): leave --engine out") from None
-                raise
+            if engine == "native":
+                from wrinklefree_inference.native import generate_native
+
+                result = generate_native(model.path, prompt, options, emit, given)
+                used = options if result.forwards is None else how
+            else:
+                check_no_effect(given, "llama.cpp")
+                try:
+                    result = generate_llamacpp(model.path, prompt, options, emit)
+                except UserError:
+                    if why := _needs_native(model.path):
+                        raise UserError(f"llama.cpp cannot run {model.path} ({why}): leave --engine out") from None
+                    raise
         else:
             if arguments.engine is not None:
                 raise UserError(
@@ -338,7 +370,7 @@ def run(arguments: argparse.Namespace) -> int:
             engine = "pytorch"
             loaded, tokenizer = load_model(model.path), load_tokenizer(model.path)
             if diffusion_of(loaded.config) is None:
-                _check_no_effect(given, "a model that is no diffusion model")
+                check_no_effect(given, "a model that is no diffusion model")
                 result = generate_torch(loaded, tokenizer, prompt, options, emit)
             else:
                 used = how
@@ -357,14 +389,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _engine_of(name: str) -> Callable[[Path, str, Options, Emit], Generated]:
-    if name == "llama.cpp":
-        return generate_llamacpp
-    from wrinklefree_inference.native import generate_native
-
-    return generate_native
-
-
 def _needs_native(file: Path) -> str | None:
     """Return why llama.cpp does not run a file; None if it does, or the file is damaged."""
     try:
@@ -373,7 +397,12 @@ def _needs_native(file: Path) -> str | None:
         return None
 
 
-def _check_no_effect(given: dict[str, Any], model: str) -> None:
+def check_no_effect(given: Mapping[str, Any], model: str) -> None:
+    """Refuse options of diffusion models where they would do nothing.
+
+    Raises:
+        UserError: if there are some.
+    """
     if given:
         option = {"sub_block_size": "sub-block"}.get(name := next(iter(given)), name)
         raise UserError(f"--{option} has no effect on {model}: leave it out")
