@@ -24,7 +24,7 @@ from bitnet_arch.parity import (
     tokenizer_check,
 )
 from bitnet_arch.parity.activations import round_q8_0, round_q8_k
-from bitnet_arch.parity.checks import FLOORS, end_to_end_checks
+from bitnet_arch.parity.checks import FLOORS, ROLES, end_to_end_checks, engine_checks
 from bitnet_arch.parity.gate import _Measured, _Run, _with_status, stored_types
 from bitnet_arch.parity.layerwise import LayerDifference
 from bitnet_arch.parity.proof import proof_status, source_digest
@@ -125,6 +125,7 @@ def test_compare_measures_what_it_says():
     assert found.top1 == 0.5
     assert found.flip_margin == pytest.approx(np.log(0.5 / 0.4))
     assert found.perplexity_ratio == pytest.approx(np.sqrt((0.7 * 0.4) / (0.6 * 0.5)))
+    assert found.perplexity_error == pytest.approx(abs(np.log(0.7 / 0.6) - np.log(0.4 / 0.5)) / 2 / np.sqrt(2))
     assert summarize([compare(p, p, np.array([0, 1]))]).flip_margin == 0.0
 
 
@@ -332,11 +333,22 @@ def test_useless_windows_are_refused(bad, master, file):
 # ---- what rounding alone can explain
 
 
+@pytest.mark.parametrize(("error", "holds"), [(0.002, False), (0.003, True)])
+def test_a_perplexity_may_be_off_by_what_chance_explains_on_so_few_positions(error, holds):
+    roles = ROLES["llama.cpp"]
+    same = Comparison(positions=125, mean_kl=0.0, max_kl=0.0, top1=1.0, flip_margin=0.0, perplexity_ratio=1.0, perplexity_error=0.0)
+    found = dict.fromkeys((*FLOORS, *roles.pairs), same)
+    found[roles.training] = replace(same, perplexity_ratio=1.008)
+    found[roles.handling] = replace(same, perplexity_error=error)
+    checks = {check.name: check for check in engine_checks(found, ParityBounds(), codes=True, ternary=True)}
+    assert checks["training.perplexity"].holds is holds
+
+
 def end_to_end(packed, off, floor):
     """The end-to-end checks, by name, of a run that measured these mean distances."""
 
     def distance(kl):
-        return Comparison(positions=1, mean_kl=kl, max_kl=kl, top1=1.0, flip_margin=0.0, perplexity_ratio=1.0)
+        return Comparison(positions=1, mean_kl=kl, max_kl=kl, top1=1.0, flip_margin=0.0, perplexity_ratio=1.0, perplexity_error=0.0)
 
     found = {name: distance(floor) for name in FLOORS}
     found |= {"packed against training": distance(packed), "activation quantisation off": distance(off)}

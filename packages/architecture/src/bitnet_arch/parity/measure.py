@@ -21,6 +21,7 @@ class Comparison:
         top1: share of positions with the same most likely token.
         flip_margin: largest gap, in nats, between p's two most likely tokens where the most likely tokens differ; 0 if none do.
         perplexity_ratio: q's perplexity of the text divided by p's.
+        perplexity_error: standard error of the ratio's logarithm: how far chance moves it on so few positions.
     """
 
     positions: int
@@ -29,6 +30,7 @@ class Comparison:
     top1: float
     flip_margin: float
     perplexity_ratio: float
+    perplexity_error: float
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
@@ -66,4 +68,5 @@ def summarize(parts: Iterable[NDArray[np.float64]]) -> Comparison:
         top1=float(agree.mean()),
         flip_margin=float(margin[flipped].max()) if flipped.any() else 0.0,
         perplexity_ratio=float(np.exp(nll_q.mean() - nll_p.mean())),
+        perplexity_error=float((nll_q - nll_p).std() / np.sqrt(len(rows))),
     )

@@ -14,7 +14,7 @@ class ParityBounds:
     Attributes:
         code_edge: distance from a rounding edge within which an activation code may fall on either side.
         layer_output: a layer's output error as a fraction of its largest output.
-        floor_factor: multiple of the measured floor up to which a difference counts as rounding.
+        floor_factor: multiple of the floor, or of a perplexity's standard error, up to which a difference counts as rounding.
         handling_factor: multiple of the distance from training to the emulation, both in torch, that the engine may show.
         end_to_end_off: packed against training, as a fraction of what dropping activation quantisation costs.
         single_flip: the floor is never taken lower than this fraction of the same cost: on few positions one rounded code decides.
