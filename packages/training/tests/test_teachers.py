@@ -18,9 +18,10 @@ from wrinklefree.cli import load_run_config, main
 from wrinklefree.losses.divergence import top_log_probabilities
 from wrinklefree.teachers import local
 from wrinklefree.teachers.cache import DiskCache
-from wrinklefree.teachers.load import check_tokenizer
+from wrinklefree.teachers.load import check_tokenizer, load_teacher
 from wrinklefree.teachers.local import LocalTeacher, _move_all_but
 from wrinklefree.teachers.remote import RemoteSource
+from wrinklefree.teachers.settings import TeacherConfig
 from wrinklefree.teachers.tops import LocalSource, TopTeacher, piece_spans
 from wrinklefree.views import Head, Needs, model_logits
 
@@ -142,6 +143,28 @@ def test_teachers_with_other_weights_have_other_digests_and_precision_acts():
     assert low.dtype == torch.float32
     assert 0 < float((full - low).abs().max()) < 0.1
     assert all(not p.requires_grad for p in a.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_parameters", {"rope_theta": 3.0, "rope_type": "default"}),
+        ("rms_norm_eps", 1e-2),
+        ("hidden_act", "gelu"),
+        ("text_config", {"sliding_window": 4}),
+    ],
+)
+def test_teachers_with_equal_weights_that_compute_otherwise_have_other_digests(key, value):
+    digest, other = LocalTeacher(llama(), "one").digest, llama()
+    setattr(other.config, key, value)
+    assert LocalTeacher(other, "other").digest != digest
+
+
+def test_where_a_teacher_lies_and_what_wrote_it_change_no_digest():
+    digest, moved = LocalTeacher(llama(), "one").digest, llama()
+    moved.config._name_or_path, moved.config.architectures = "elsewhere", ["LlamaForCausalLM"]
+    moved.config.transformers_version = "4.0.0"
+    assert LocalTeacher(moved, "moved").digest == digest
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -386,6 +409,25 @@ def test_runs_with_a_cache_or_a_server_learn_what_a_local_teacher_teaches(run, s
     server = serve("vllm", model)
     remote = start("remote", "teacher.kind=vllm", "teacher.model=tiny", f"teacher.url={server.url}")
     assert remote == pytest.approx(plain, **near)  # what follows a document's last token, of which it says nothing, is not scored
+
+
+def test_a_cache_that_two_teachers_of_equal_weights_share_answers_each_as_itself(tmp_path):
+    def answer(name, cache):
+        config = TeacherConfig(model=str(tmp_path / name), cache_dir=str(tmp_path / cache))
+        teacher = load_teacher(config, None, "", tiny_tokenizer(), 512, (K, 1.0))
+        found = teacher.lesson(batch(), Needs(logits=True)).targets.top(torch.arange(36), K, 1.0)
+        teacher.close()
+        return torch.cat(found[:2], -1)
+
+    for name, base in (("near", 10000.0), ("far", 3.0)):
+        model = llama()
+        model.config.rope_parameters = {"rope_theta": base, "rope_type": "default"}
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.data *= 20  # so that it matters where a token stands
+        save_master(model, tmp_path / name, tiny_tokenizer())
+    apart, shared = ([answer(name, cache or f"{name} alone") for name in ("near", "far")] for cache in ("", "shared"))
+    assert not torch.equal(*apart)
+    assert all(torch.equal(alone, cached) for alone, cached in zip(apart, shared, strict=True))
 
 
 def test_behind_a_cache_a_teacher_with_more_logits_is_refused_too(run, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """A teacher that runs here."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,9 @@ from transformers import PreTrainedModel
 from wrinklefree.losses.divergence import top_log_probabilities
 from wrinklefree.teachers.base import Lesson, Shape
 from wrinklefree.views import Batch, Head, Needs, forward_views
+
+NOT_COMPUTED = frozenset(("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"))
+"""Keys of a configuration that say where a model lies and what wrote it; what its tensors are is in the tensors."""
 
 
 class LocalTeacher:
@@ -46,8 +50,11 @@ class LocalTeacher:
 
     @cached_property
     def digest(self) -> str:
-        """A digest of its configuration and, of every tensor, name, type, shape, sum and a thousand elements."""
-        digest = hashlib.sha256()
+        """A digest of its configuration (not `NOT_COMPUTED`) and, of every tensor, name, type, shape, sum and a thousand elements.
+
+        Equal weights do not make equal answers: rotary base, window, caps and the like are in the configuration alone.
+        """
+        digest = hashlib.sha256(json.dumps(_computed(self.model.config.to_dict()), sort_keys=True, default=str).encode())
         for name, tensor in self.model.state_dict().items():
             flat = tensor.detach().flatten()
             some = flat[:: max(1, flat.numel() // 1024)].double().cpu()
@@ -107,6 +114,12 @@ def check_device(device: str | None, offload: bool) -> None:
         raise UserError(f"teacher.device={device} is no device of this machine: leave it out, or give cpu, cuda or cuda:N")
     if offload and found.type == "cpu":
         raise UserError("teacher.offload has no effect on a CPU, where weights are in main memory anyway: leave it out")
+
+
+def _computed(value: Any) -> Any:
+    if isinstance(value, dict):  # keys as text, since not all can be sorted as they are
+        return {str(key): _computed(inner) for key, inner in value.items() if key not in NOT_COMPUTED}
+    return [_computed(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _move_all_but(model: nn.Module, kept: nn.Module, device: str) -> None:
