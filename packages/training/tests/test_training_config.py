@@ -34,6 +34,8 @@ def test_the_command_line_wins_over_what_a_model_recommends():
         (["training.learning_rate=inf"], "learning_rate must be positive, not inf"),
         (["training.max_steps=many"], r"training\.max_steps: .*'many' was given"),
         (["training.eval_share=0"], r"training\.eval_share must be positive or null, not 0"),
+        (["training.eval_share=inf"], r"training\.eval_share must be positive or null, not inf"),
+        (["training.eval_share=nan"], r"training\.eval_share must be positive or null, not nan"),
         (["training.max_steps=0"], r"training\.max_steps must be positive, not 0"),
         (["training.schedule=zigzag"], "must be one of constant, cosine"),
         (["training.rows_per_step=3", "distributed=ddp"], "multiple of the 2 processes"),

@@ -299,6 +299,22 @@ def test_a_whole_run_repeats_the_mixture_for_its_twin_and_says_what_changed(base
     assert [{**a, "tokens_per_s": 0} for a in again] == [{**b, "tokens_per_s": 0} for b in twin]
 
 
+@pytest.mark.parametrize("mixture", [INFLUENCE, AIOLI], ids=["influence", "aioli"])
+def test_how_much_evaluations_look_at_changes_no_weight(mixture, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts.importlib.util, "find_spec", lambda name: None)
+    found = {}
+    for share in ("0.1", "null"):  # 154 held-out tokens of 512
+        folder = tmp_path / share
+        more = ["training.compare_fp=false", f"training.eval_share={share}", f"output_dir={folder}"]
+        assert main([*base, *overridden(mixture), *more]) == 0
+        lines = read_metrics(folder / "metrics.jsonl")
+        perplexity = json.loads((folder / "summary.json").read_text())["ppl_ternary"]
+        found[share] = shares(lines), [line["loss"] for line in lines], perplexity
+    assert found["0.1"][:2] == found["null"][:2]
+    assert len(set(found["null"][0])) > 1  # they do move
+    assert found["0.1"][2] != found["null"][2]  # and evaluations do look at less
+
+
 def test_held_out_losses_by_source_make_up_the_whole(config, start):
     stream = PackedStream(config.data, start.tokenizer, split="heldout")
     parts = rows_by_domain(stream)

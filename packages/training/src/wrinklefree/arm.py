@@ -53,6 +53,7 @@ def train_arm(
     resume: Path | None,
     logger: Logger | None,
     tokenizer: str | None,
+    steering: PackedStream | None = None,
     replay: History | None = None,
     teacher: Teacher | None = None,
 ) -> ArmResult:
@@ -62,13 +63,14 @@ def train_arm(
         title: "ternary" or "unquantised": for the progress bar, the logger and the checkpoints.
         model: with `BitLinear` layers; trained in place.
         train: training rows.
-        heldout: rows that are never trained on.
+        heldout: rows that are never trained on, as evaluations look at them.
         directory: receives `metrics.jsonl` and `checkpoints/`.
         config: the run.
         quantized: whether lambda follows its schedule or stays 0.
         resume: the checkpoint to continue from.
         logger: where figures go beside `metrics.jsonl`.
         tokenizer: JSON of a tokenizer that the run has trained, kept in the checkpoints.
+        steering: held-out rows that a mixture is steered by; None takes those of evaluations.
         teacher: what objectives compare with; None where none does.
         replay: the mixture of another arm, to train on the same rows; None asks the configured controller.
 
@@ -90,7 +92,7 @@ def train_arm(
         del content
     interruption = Interruption()
     training = config.training
-    mixing = Mixing(heldout, config.mixture.probes, title, training.eval_every if replay is None else None)
+    mixing = Mixing(steering or heldout, config.mixture.probes, title, training.eval_every if replay is None else None)
     callbacks = [
         interruption,
         Heldout(heldout, training.eval_every),

@@ -75,9 +75,14 @@ def train(config: RunConfig) -> Outcome:
         )
     heldout = PackedStream(config.heldout_data, start.tokenizer, seed=seed, split="heldout")
     heldout.heldout_rows()  # now: a split with nothing in it must not be found out after the training
+    # How much evaluations look at must not change what a mixture learns, and so what is trained.
+    steering = (
+        PackedStream(config.data, start.tokenizer, seed=seed, split="heldout") if config.heldout_data != config.data else heldout
+    )
     twin = copy.deepcopy(start.model) if config.training.compare_fp and start.original is None else None
     with wandb_logger(config, directory) as logger:
         common: dict[str, Any] = {"config": config, "logger": logger, "tokenizer": start.trained_tokenizer, "teacher": teacher}
+        common["steering"] = steering
         ternary = train_arm("ternary", start.model, train_rows, heldout, directory, quantized=True, resume=resume, **common)
         if ternary.interrupted:
             return Outcome(None, ternary.checkpoint)

@@ -32,7 +32,8 @@ class TrainingConfig:
         precision: "32-true" or "bf16-mixed".
         eval_every: steps between held-out evaluations; 0 evaluates at the end only.
         eval_share: an evaluation looks at no more held-out tokens than this share of those that the whole run trains on, however
-            many `data.heldout_tokens` are: a run of a few steps is not mostly evaluation. None: at all of them.
+            many `data.heldout_tokens` are: a run of a few steps is not mostly evaluation. None: at all of them. A mixture that is
+            steered by held-out rows looks at all of them whatever this is, so that it changes no step.
         checkpoint_every: steps between checkpoints; one is also written at the end and when interrupted.
         keep_checkpoints: how many of the newest are kept.
         compare_fp: measure the unquantised model too: as it is when a float model was converted, otherwise (random or ternary
@@ -80,7 +81,7 @@ class TrainingConfig:
             require(0 < getattr(self, name) < float("inf"), f"training.{name} must be positive, not {getattr(self, name)}")
         for name in ("micro_batch_rows", "learning_rate_fp", "threads", "eval_share"):
             value = getattr(self, name)
-            require(value is None or value > 0, f"training.{name} must be positive or null, not {value}")
+            require(value is None or 0 < value < float("inf"), f"training.{name} must be positive or null, not {value}")
         for name in ("weight_decay", "grad_clip", "eval_every", "data_workers", "seed", "gradient_norms_every"):
             require(getattr(self, name) >= 0, f"training.{name} must not be negative, and is {getattr(self, name)}")
         for name in ("warmup_share", "lambda_warmup_share"):
