@@ -375,6 +375,52 @@ def test_too_few_log_probabilities_and_another_dialect_are_named(serve):
         RemoteSource(server.url, "tiny", wrong, K, tiny_tokenizer(), timeout=5, retries=0, concurrency=1)
 
 
+def spoilt(answer, dialect, change):
+    """An answer whose entries, (log-probability, token) each, have been changed at position 2."""
+    if dialect == "vllm":
+        place = answer["choices"][0]["prompt_logprobs"][2]
+        entries = change([(found["logprob"], int(token)) for token, found in place.items()])
+        # Keys with a zero in front: two of the same token are two keys.
+        place.clear()
+        place.update({"0" * i + str(token): {"logprob": value} for i, (value, token) in enumerate(entries)})
+    else:
+        place = answer["meta_info"]["input_top_logprobs"][2]
+        place[:] = [[value, token, None] for value, token in change([(value, token) for value, token, _ in place])]
+    return answer
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["probe", "later"])
+@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda entries: [(entries[0][0], 512), *entries[1:]], "token 512"),
+        (lambda entries: [(entries[0][0], -1), *entries[1:]], "token -1"),
+        (lambda entries: [(value, 7) for value, _ in entries], "the same token twice"),
+        (lambda entries: [(float("nan"), entries[0][1]), *entries[1:]], "the log-probability nan of token"),
+        (lambda entries: [(0.5, entries[0][1]), *entries[1:]], "the log-probability 0.5 of token"),
+        (lambda entries: [(-1.0, token) for _, token in entries], r"probabilities that sum to (1\.839|2\.207)"),
+    ],
+    ids=["beyond", "below", "twice", "nan", "above", "sum"],
+)
+def test_what_no_distribution_can_be_is_refused_and_named(dialect, change, message, first, serve):
+    server = serve(dialect)
+    teacher = None if first else source(server)
+    whole = server.answer
+    server.answer = lambda body: spoilt(whole(body), dialect, change)
+    with pytest.raises(UserError, match=f"answered with {message}.* at position 2, which is no distribution of the model's 512"):
+        source(server) if teacher is None else teacher.tops([torch.arange(1, 6)])
+
+
+def test_tokens_that_a_server_holds_for_impossible_are_an_answer(serve):
+    server = serve("sglang")
+    whole = server.answer
+    server.answer = lambda body: spoilt(whole(body), "sglang", lambda entries: [*entries[:-1], (-torch.inf, entries[-1][1])])
+    (top,) = source(server).tops([torch.arange(1, 6)])
+    assert top.log_probabilities[1, -1] == -torch.inf
+    assert bool(top.log_probabilities[1, :-1].isfinite().all())
+
+
 def test_a_server_with_another_tokenizer_is_refused(serve):
     other = tiny_tokenizer(512, around="<|begin|> $A")  # one special token more: everything behind it has moved
     with pytest.raises(UserError, match=r"has another tokenizer than the model \(token \d+ is"):

@@ -7,6 +7,7 @@ own.
 import hashlib
 import http.client
 import json
+import math
 import time
 import urllib.error
 import urllib.request
@@ -85,6 +86,12 @@ PROBE = (
 """What a server is asked first: long enough that the noise of single log-probabilities averages out."""
 PROBE_STEP = 0.02
 """Nats to which the means over the probe are rounded: well above that noise, well below what tells models apart."""
+LEAST = -1e4
+"""Nats below which log-probabilities count as this in the digest."""
+SLACK = 1e-3
+"""Nats by which rounding may raise a log-probability above 0."""
+SUM_SLACK = 1e-2
+"""What rounding, to bfloat16 for example, may add to the sum of probabilities."""
 
 
 class RemoteSource:
@@ -145,35 +152,40 @@ class RemoteSource:
             return list(pool.map(self._top, pieces))
 
     def _top(self, piece: Tensor) -> Top:
-        entries = self._ask(piece.tolist())
         values = torch.full((len(piece), self.top_k), -torch.inf)
         tokens = torch.zeros((len(piece), self.top_k), dtype=torch.int64)
         # The entry at a position is of the token that stands there: what the position before predicts.
-        for at, found in enumerate(entries[1:]):
-            best = sorted(found or [], reverse=True, key=lambda entry: entry[0])[: self.top_k]
-            if len(best) < self.top_k:
-                raise UserError(
-                    f"the teacher at {self.url} gave {len(best)} log-probabilities a token, and the objective needs {self.top_k}: "
-                    f"{self.dialect.remedy}"
-                )
+        for at, found in enumerate(self._ask(piece.tolist())):
+            best = found[: self.top_k]
             values[at] = torch.tensor([entry[0] for entry in best])
             tokens[at] = torch.tensor([entry[1] for entry in best])
-        if int(tokens.max()) >= self._vocabulary:
-            raise UserError(f"the teacher at {self.url} names a token that the model's tokenizer has not: it is of another family")
         return Top(values, tokens)
 
-    def _ask(self, ids: list[int]) -> list[list[Entry] | None]:
+    def _ask(self, ids: list[int]) -> list[list[Entry]]:
+        """Return what the server says of each token but the first, likeliest first: `top_k` entries or more that make sense."""
         answer = self._post(self.dialect.request(self.model, ids, self.top_k))
         try:
             entries = self.dialect.entries(answer)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
             entries = []
         if len(entries) != len(ids):
             raise UserError(
                 f"the teacher at {self.url} answered without the log-probabilities of the prompt's {len(ids)} tokens: choose the "
                 f"teacher.kind of the server ({', '.join(DIALECTS)}) and a server that gives them"
             )
-        return entries
+        places = [sorted(place or [], reverse=True, key=lambda entry: entry[0]) for place in entries[1:]]
+        for at, place in enumerate(places, 1):
+            if (nonsense := _nonsense(place, self._vocabulary)) is not None:
+                raise UserError(
+                    f"the teacher at {self.url} answered with {nonsense} at position {at}, which is no distribution of the model's "
+                    f"{self._vocabulary} tokens: see to the server, and choose a teacher of the model's own family"
+                )
+            if len(place) < self.top_k:
+                raise UserError(
+                    f"the teacher at {self.url} gave {len(place)} log-probabilities a token, and the objective needs {self.top_k}: "
+                    f"{self.dialect.remedy}"
+                )
+        return places
 
     def _post(self, body: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
@@ -209,13 +221,13 @@ class RemoteSource:
         ids = tokenizer(PROBE, add_special_tokens=False).input_ids
         differing = None
         most, least = [], []
-        for place in self._ask(ids)[1:]:
-            best = sorted((entry[0] for entry in place or []), reverse=True)[: self.top_k]
-            most += best[:1]
-            least += best[-1:]
-            for _, token, text in place or []:
+        for place in self._ask(ids):
+            # A mean of what is impossible would be no number.
+            most.append(max(place[0][0], LEAST))
+            least.append(max(place[self.top_k - 1][0], LEAST))
+            for _, token, text in place:
                 # A token that is no whole character has no text that could be compared.
-                mine = str(tokenizer.decode([token])) if token < len(tokenizer) else ""
+                mine = str(tokenizer.decode([token]))
                 if text is not None and "\ufffd" not in text + mine and text.strip() != mine.strip():
                     differing = differing or (token, text, mine)
         if differing is not None:
@@ -225,6 +237,21 @@ class RemoteSource:
                 "here), and their distributions are of different tokens: choose a teacher of the model's own family"
             )
         return [round(sum(values) / max(1, len(values)) / PROBE_STEP) for values in (most, least)]
+
+
+def _nonsense(place: list[Entry], vocabulary: int) -> str | None:
+    """Return what of an answer no distribution of so many tokens can have, if anything."""
+    for value, token, text in place:
+        if not 0 <= token < vocabulary:
+            return f"token {token}"
+        if not value <= SLACK:  # NaN, too
+            return f"the log-probability {value:g} of token {token}"
+        if text is not None and not isinstance(text, str):
+            return f"a text of token {token} that is none ({text!r})"
+    if len({token for _, token, _ in place}) < len(place):
+        return "the same token twice"
+    total = sum(math.exp(value) for value, _, _ in place)
+    return f"probabilities that sum to {total:.3f}" if total > 1 + SUM_SLACK else None
 
 
 def read_key(path: str | None) -> str | None:
