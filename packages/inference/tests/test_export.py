@@ -1,5 +1,6 @@
 """`export`: a file takes its name only when it is proven, and what it says about itself."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from bitnet_arch.gguf import ARCHITECTURES, EMBEDDING_TYPES, export_gguf, read_g
 from bitnet_arch.parity import ParityError
 from bitnet_arch.parity.proof import proof_status
 from bitnet_arch.testing import tiny_bitnet, tiny_llama, tiny_tokenizer, train_tiny
+from bitnet_kernels import Engine
 from transformers import AutoModelForCausalLM, BitNetConfig, LlamaConfig, Qwen2Config, Qwen3Config
 from wrinklefree_inference import export, generate
 from wrinklefree_inference.cli import main
@@ -316,9 +318,38 @@ def test_a_file_that_the_native_engine_refuses_is_a_missed_proof(directory, tmp_
         raise ValueError(f"{path}: the key x is no number")
 
     monkeypatch.setattr(export, "native_engine", refuse)
-    with pytest.raises(ParityError, match=r"the native engine does not run it \(the key x is no number\); --engine"):
+    with pytest.raises(ParityError, match=r"the native engine does not run it \(the key x is no number\); --engine") as caught:
         export_proven(directory, tmp_path / "out.gguf", positions=4)
+    assert caught.value.report.engine == "native (bitnet_kernels)"
     assert export_proven(directory, tmp_path / "out.gguf", positions=4, engine="llama.cpp").failed_checks() == []
+    with pytest.raises(ParityError, match=r"the native engine does not run it \(the key x is no number\)$"):
+        export_proven(directory, tmp_path / "out.gguf", positions=4, architecture="wrinklefree")
+
+
+@pytest.mark.parametrize("architecture", ["auto", "wrinklefree"])
+@pytest.mark.parametrize("trouble", ["not finite", "memory"])
+def test_a_native_engine_that_stops_is_a_missed_proof_under_its_name(trouble, architecture, model, tmp_path, monkeypatch, capsys):
+    loud = copy.deepcopy(model)
+    if trouble == "memory":
+        why = "there is not enough memory"
+        advice = "; --engine llama.cpp leaves that out" if architecture == "auto" else ""
+
+        def fail(*args, **options):
+            raise MemoryError
+
+        monkeypatch.setattr(Engine, "step", fail)
+    else:
+        why, advice = "what the head reads is not finite: the file's numbers are damaged or too large", ""
+        loud.model.norm.weight.data.fill_(3e38)  # a finite number, and what comes of it is none
+    save_master(loud, tmp_path / "m", tiny_tokenizer())
+    arguments = ["--out", str(tmp_path / "out.gguf"), "--architecture", architecture, "--positions", "4", "--json"]
+    assert main(["export", str(tmp_path / "m"), *arguments]) == 1
+    printed = capsys.readouterr()
+    reason = f"out.gguf was not written: the native engine stopped ({why}){advice}"
+    assert printed.err == f"error: {reason}\n"
+    report = json.loads(printed.out)
+    assert (report["status"], report["engine"], report["reason"]) == ("failed", "native (bitnet_kernels)", reason)
+    assert names(tmp_path) == ["m"]
 
 
 def test_what_was_asked_for_is_in_the_file_and_in_the_report(directory, tmp_path, capsys):

@@ -31,7 +31,9 @@ from bitnet_arch.parity import (
     run_gate,
     tensor_types,
 )
+from bitnet_arch.parity.engines import NATIVE
 from bitnet_arch.weights import WeightReader
+from numpy.typing import NDArray
 
 from wrinklefree_inference.llamacpp import NAME, EngineError, LlamaCpp
 
@@ -237,8 +239,8 @@ def _prove(
     directory: Path | str, file: Path, windows: list[list[int]], bounds: ParityBounds, progress: Progress, engine: str
 ) -> ParityReport:
     """Run the gate with the engines that run a file; one that refuses it, or stops, is a missed proof."""
-    native = engine != "llama.cpp" and has_native_engine()
-    foreign = engine != "native" and no_engine(file) is None
+    runs = no_engine(file) is None
+    native, foreign = engine != "llama.cpp" and has_native_engine(), engine != "native" and runs
     asked = _foreign_windows(windows, bounds) if native else len(windows)
     total, done = asked * (len(windows[0]) - 1), 0
 
@@ -258,10 +260,10 @@ def _prove(
                 started = stack.enter_context(LlamaCpp(file, context=2 * MAX_WINDOW, on_position=on_position))
                 engines.append(EngineInfo(started.logprobs, NAME, started.version, started.tokenize, windows=asked))
             if native:
-                engines.insert(0, _open_native(file, len(windows[0])))
+                engines.insert(0, _open_native(file, len(windows[0]), runs))
             report = run_gate(directory, file, engines, windows, bounds, on_stage)
         except EngineError as error:
-            return ParityReport(status="failed", reason=str(error), engine=NAME, types=tensor_types(file))
+            return ParityReport(status="failed", reason=str(error), engine=error.engine, types=tensor_types(file))
     if not engines and report.status == "unproven":
         return replace(report, reason=f"{NO_KERNELS}, and {report.reason}")
     return report
@@ -272,12 +274,36 @@ def _foreign_windows(windows: list[list[int]], bounds: ParityBounds) -> int:
     return min(len(windows), -(-min(bounds.min_foreign, bounds.min_positions) // (len(windows[0]) - 1)))
 
 
-def _open_native(file: Path, context: int) -> EngineInfo:
-    try:
-        return native_engine(file, context)
-    except (ValueError, MemoryError) as error:
+def _open_native(file: Path, context: int, replaceable: bool) -> EngineInfo:
+    """Open a file in the native engine, whose errors become those of an engine.
+
+    Args:
+        file: the file.
+        context: the longest window.
+        replaceable: whether llama.cpp runs the file, too.
+
+    Raises:
+        EngineError: if the native engine does not run it; so does the returned engine's `run` if it stops.
+    """
+    advice = "; --engine llama.cpp leaves that out" if replaceable else ""
+
+    def trouble(what: str, error: Exception, advice: str) -> EngineError:
         why = str(error).removeprefix(f"{file}: ") or "there is not enough memory"
-        raise EngineError(f"the native engine does not run it ({why}); --engine llama.cpp leaves that out") from None
+        return EngineError(f"the native engine {what} ({why}){advice}", NATIVE)
+
+    def run(ids: list[int]) -> NDArray[np.float64]:
+        try:
+            return opened.run(ids)
+        except ValueError as error:  # such as what is not finite, with which llama.cpp does no better
+            raise trouble("stopped", error, "") from None
+        except MemoryError as error:
+            raise trouble("stopped", error, advice) from None
+
+    try:
+        opened = native_engine(file, context)
+    except (ValueError, MemoryError) as error:
+        raise trouble("does not run it", error, advice) from None
+    return replace(opened, run=run)
 
 
 def _dated(report: ParityReport) -> ParityReport:

@@ -36,7 +36,15 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class EngineError(RuntimeError):
-    """The engine did not load a file, or stopped answering; the message is one sentence."""
+    """An engine did not load a file, or stopped answering; the message is one sentence.
+
+    Attributes:
+        engine: the engine's name.
+    """
+
+    def __init__(self, message: str, engine: str = NAME) -> None:
+        super().__init__(message)
+        self.engine = engine
 
 
 class LlamaCpp:

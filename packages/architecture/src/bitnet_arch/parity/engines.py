@@ -71,8 +71,8 @@ def native_engine(gguf_path: Path | str, context: int) -> EngineInfo:
         context: the longest window.
 
     Raises:
-        ValueError: if the engine does not run the file.
-        MemoryError: if there is not enough memory.
+        ValueError: if the engine does not run the file; by `run`, if what it computes is not finite.
+        MemoryError: if there is not enough memory; by `run`, likewise.
     """
     from bitnet_kernels import Engine as NativeEngine
 
