@@ -1,6 +1,7 @@
 """Block-diffusion decoding: the caches against recomputing everything, and the thresholds."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -225,13 +226,21 @@ def test_causal_masks_are_those_of_stock_transformers():
         ({"threshold": 1.5}, "probability"),
         ({"sub_block_size": 0}, "at least 1"),
         ({"cache": "triple"}, "choose none, prefix, dual"),
-        ({"temperature": -1.0}, "0 \\(greedy\\)"),
+        *(
+            ({"temperature": value}, "0 \\(greedy\\) or a number from 1e-05 to 100000")
+            for value in (-1.0, 1e-320, 1e-6, 1e300, math.nan)
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_options_out_of_range_are_one_sentence(options, says):
     with pytest.raises(UserError, match=says):
         DecodeOptions(**options)
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e5])
+def test_the_coldest_and_the_hottest_draws_are_texts(temperature):
+    assert len(decode(small(), PROMPT, DecodeOptions(max_tokens=12, temperature=temperature)).tokens) == 12
 
 
 def test_what_cannot_be_decoded_is_one_sentence():

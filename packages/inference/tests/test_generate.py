@@ -94,6 +94,15 @@ def test_sampling_follows_the_seed_and_greedy_does_not(engine, trained):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_the_coldest_temperature_is_greedy_and_the_hottest_draws_anything(engine, trained):
+    def text(**options):
+        return generate(trained, engine, max_tokens=12, **options).text
+
+    assert text(temperature=1e-5) == text()
+    assert len({text(temperature=1e5, seed=seed) for seed in (1, 2, 3)}) == 3
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_text_ends_where_the_model_ends_it_or_at_the_limit(engine, trained):
     prompt = TEXT[TEXT.index("for i") : TEXT.index("print(i, add") + 8]
     ended = generate(trained, engine, prompt, max_tokens=60)
@@ -225,6 +234,9 @@ def mistakes():
     yield "long prompt, llama.cpp", ["model.gguf", long, *foreign], "context"
     yield "no tokens", ["master", PROMPT, "--max-tokens", "0"], "at least 1"
     yield "temperature", ["master", PROMPT, "--temperature", "nan"], "temperature is nan"
+    for name in ("master", "model.gguf"):
+        for value in ("1e-320", "9e-6", "1.1e5", "1e300"):
+            yield f"{value}, {name}", [name, PROMPT, "--temperature", value], "give 0 (greedy) or a number from 1e-05 to 100000"
     yield "seed", ["master", PROMPT, "--seed", "-1"], "seed is -1"
 
 

@@ -5,7 +5,6 @@ A diffusion model decodes block by block (`bitnet_arch.generation`); options of 
 
 import argparse
 import json
-import math
 import os
 import queue
 import secrets
@@ -22,7 +21,7 @@ import torch
 from bitnet_arch import UserError, load_model, load_tokenizer
 from bitnet_arch.bitlinear import constant_weights
 from bitnet_arch.diffusion import diffusion_of
-from bitnet_arch.generation import CACHES, Decoded, DecodeOptions, decode
+from bitnet_arch.generation import CACHES, Decoded, DecodeOptions, check_temperature, decode
 from bitnet_arch.parity import no_engine
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -46,7 +45,7 @@ class Options:
 
     Attributes:
         max_tokens: at most so many new tokens.
-        temperature: 0 takes the likeliest token; above, samples from the whole distribution (no top-k, no top-p).
+        temperature: 0 takes the likeliest token; from 1e-5 to 1e5, samples from the whole distribution (no top-k, no top-p).
         seed: makes sampling reproducible within an engine (each engine draws differently).
 
     Raises:
@@ -60,8 +59,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise UserError(f"max tokens is {self.max_tokens}: give at least 1")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"temperature is {self.temperature}: give 0 (greedy) or more")
+        check_temperature(self.temperature)
         if not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"seed is {self.seed}: give a number from 0 to {MAX_SEED}")
 
@@ -312,7 +310,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("prompt", help="the text to continue")
     parser.add_argument("--engine", choices=ENGINES, help="what runs a GGUF file: native computes as training did (default)")
     parser.add_argument("--max-tokens", type=int, default=128, help="at most so many new tokens (128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default); above, samples")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default); 1e-5 to 1e5 samples")
     parser.add_argument("--seed", type=int, default=0, help="makes sampling reproducible (0)")
     diffusion = parser.add_argument_group(
         "diffusion models",

@@ -2,6 +2,7 @@
 
 from bitnet_arch.generation.decode import Decoded, DecodeOptions, Statistics, cache_agreement, decode, decode_blocks
 from bitnet_arch.generation.forwards import CACHES, BlockForwards, Cost
+from bitnet_arch.generation.sampling import check_temperature
 
 __all__ = [
     "CACHES",
@@ -11,6 +12,7 @@ __all__ = [
     "Decoded",
     "Statistics",
     "cache_agreement",
+    "check_temperature",
     "decode",
     "decode_blocks",
 ]

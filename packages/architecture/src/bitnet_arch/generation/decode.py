@@ -8,7 +8,6 @@ Deviations: a block that reaches beyond the tokens asked for keeps its full leng
 computed again when it is complete.
 """
 
-import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
@@ -20,7 +19,7 @@ from bitnet_arch.bitlinear import constant_weights
 from bitnet_arch.diffusion import DiffusionForm, diffusion_of
 from bitnet_arch.errors import UserError
 from bitnet_arch.generation.forwards import CACHES, BlockForwards, Forwards
-from bitnet_arch.generation.sampling import accept, propose
+from bitnet_arch.generation.sampling import accept, check_temperature, propose
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +31,7 @@ class DecodeOptions:
         threshold: fill in every token that is likelier than this; 1 fills in one a forward.
         sub_block_size: tokens of a block that are filled in before the next ones are begun.
         cache: "prefix", "dual" or "none", see `bitnet_arch.generation.forwards`.
-        temperature: 0 takes the likeliest tokens; above, draws.
+        temperature: 0 takes the likeliest tokens; from 1e-5 to 1e5, draws.
         seed: of the draws.
 
     Raises:
@@ -55,8 +54,7 @@ class DecodeOptions:
             raise UserError(f"the sub-block size is {self.sub_block_size}: give at least 1")
         if self.cache not in CACHES:
             raise UserError(f"unknown cache {self.cache!r}: choose {', '.join(CACHES)}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"temperature is {self.temperature}: give 0 (greedy) or more")
+        check_temperature(self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,22 @@
 import torch
 from torch import Tensor
 
+from bitnet_arch.errors import UserError
+
+COLDEST, HOTTEST = 1e-5, 1e5
+"""The least and the greatest temperature but 0, well inside float32, in which engines of files hold it: colder draws nothing but
+the likeliest token, hotter draws any."""
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature that not everything that samples computes right.
+
+    Raises:
+        UserError: unless it is 0 or from `COLDEST` to `HOTTEST`.
+    """
+    if not (temperature == 0 or COLDEST <= temperature <= HOTTEST):
+        raise UserError(f"temperature is {temperature}: give 0 (greedy) or a number from {COLDEST} to {HOTTEST:.0f}")
+
 
 def propose(logits: Tensor, mask_token_id: int, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Return a token for every position and its probability.
