@@ -178,6 +178,21 @@ def test_the_native_engine_runs_files_that_llama_cpp_does_not(tmp_path, capsys):
     assert (answer["engine"], answer["text"], answer["tokens"]) == ("native", expected.text, expected.tokens)
 
 
+def test_without_the_native_engine_a_file_says_what_to_install(trained, tmp_path, monkeypatch, capsys):
+    model = convert_model(tiny_llama(tied=False, layers=1), ConversionConfig(norm="allnorm", gain="one"))
+    save_master(model, tmp_path / "m", tiny_tokenizer())
+    export_gguf(tmp_path / "m", tmp_path / "own.gguf")
+    monkeypatch.setitem(sys.modules, "bitnet_kernels", None)
+    for module in ("native", "native_blocks"):
+        monkeypatch.delitem(sys.modules, f"wrinklefree_inference.{module}")
+    for file, advice in ((trained / "model.gguf", " or give --engine llama.cpp"), (tmp_path / "own.gguf", "")):
+        assert main(["generate", str(file), PROMPT]) == 2
+        expected = f"error: the native engine, which runs {file}, is not installed: install bitnet-kernels{advice}\n"
+        assert capsys.readouterr().err == expected
+    arguments = [str(trained / "model.gguf"), PROMPT, "--max-tokens", "4", "--engine", "llama.cpp"]
+    assert main(["generate", *arguments]) == 0
+
+
 def test_the_native_engine_opens_with_the_context_that_a_text_needs(trained, monkeypatch):
     opened = []
 

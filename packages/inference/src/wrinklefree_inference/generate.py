@@ -22,7 +22,7 @@ from bitnet_arch import UserError, load_model, load_tokenizer
 from bitnet_arch.bitlinear import constant_weights
 from bitnet_arch.diffusion import diffusion_of
 from bitnet_arch.generation import CACHES, Decoded, DecodeOptions, check_temperature, decode
-from bitnet_arch.parity import no_engine
+from bitnet_arch.parity import has_native_engine, no_engine
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -348,6 +348,11 @@ def run(arguments: argparse.Namespace) -> int:
         if model.kind == "gguf":
             engine = arguments.engine or ENGINES[0]
             if engine == "native":
+                if not has_native_engine():
+                    instead = "" if _needs_native(model.path) else " or give --engine llama.cpp"
+                    raise UserError(
+                        f"the native engine, which runs {model.path}, is not installed: install bitnet-kernels{instead}"
+                    )
                 from wrinklefree_inference.native import generate_native
 
                 result = generate_native(model.path, prompt, options, emit, given)
