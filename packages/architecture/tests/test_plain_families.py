@@ -1,5 +1,7 @@
 """Norm "none": a model stays in its stock architecture."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from bitnet_arch import ConversionConfig, UserError, convert_model, load_model, save_master, save_packed
@@ -57,6 +59,16 @@ def test_saved_and_loaded_logits_are_equal_here_and_in_stock_transformers(family
     save(converted, tmp_path / "m")
     for loaded in (load_model(tmp_path / "m"), AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()):
         assert_equal_up_to_edges(logits(loaded), expected)
+
+
+@pytest.mark.parametrize(("texts", "spoiled", "holds"), [(3, 1, True), (2, 1, True), (1, 0, False), (2, 2, False), (6, 3, False)])
+def test_forwards_are_equal_up_to_edges_in_a_third_of_several_texts(texts, spoiled, holds):
+    """One position of each spoiled text is 1% off."""
+    expected = torch.ones(texts, 12, 4)
+    found = expected.clone()
+    found[:spoiled, -1] += 0.01
+    with nullcontext() if holds else pytest.raises(AssertionError, match="text"):
+        assert_equal_up_to_edges(found, expected)
 
 
 def test_an_unknown_family_is_refused_under_either_norm():
