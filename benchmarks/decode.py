@@ -184,11 +184,12 @@ def measure(name: str, file: Path, threads: int, options: Any) -> tuple[list[dic
         bitnet_kernels.use_isa(best)
     ours = engines[best]
     peer = None if options.quick else Peer(file, threads)
-    reading = [TernaryMatrix(np.zeros((READ_ROWS, 4096), np.int8), np.ones(1, np.float32))._matrix]  # 64 MiB
+    # 64 MiB for each thread: what one thread has read, the cache that they share would give to the others.
+    reading = [[TernaryMatrix(np.zeros((READ_ROWS, 4096), np.int8), np.ones(1, np.float32))._matrix] for _ in range(threads)]
     others = ThreadPoolExecutor(threads)
 
-    def on_all(call: Callable[[], object]) -> Callable[[], object]:
-        return call if threads == 1 else lambda: [task.result() for task in [others.submit(call) for _ in range(threads)]]
+    def on_all(call: Callable[[int], object]) -> Callable[[], object]:
+        return lambda: call(0) if threads == 1 else list(others.map(call, range(threads)))
 
     said: list[tuple[float, float]] = []  # prompt and token, seconds, as llama.cpp says
     walls: dict[str, list[float]] = {"prompt": [], "decode": []}
@@ -199,8 +200,8 @@ def measure(name: str, file: Path, threads: int, options: Any) -> tuple[list[dic
         walls[what].append(perf_counter() - start)
 
     contenders: dict[str, Callable[[], object]] = {
-        "read": on_all(lambda: _native.time_read(reading, READS)),
-        "peak": on_all(lambda: _native.time_dot(DOTS)),
+        "read": on_all(lambda thread: _native.time_read(reading[thread], READS)),
+        "peak": on_all(lambda _: _native.time_dot(DOTS)),
         "prompt": lambda: compared("prompt", ours.prompt),
         "decode": lambda: compared("decode", ours.decode),
     }
@@ -214,7 +215,7 @@ def measure(name: str, file: Path, threads: int, options: Any) -> tuple[list[dic
         contenders |= {f"context {context}": lambda context=context: ours.decode(context) for context in CONTEXTS}
     seconds = interleaved(contenders, options.rounds, perf_counter if wall else thread_time)
     # Seconds that reading a token's weights takes, and that the prompt's products take, at the limits of each round.
-    read = [nbytes / (threads * READS * reading[0].nbytes / taken) for taken in seconds["read"]]
+    read = [nbytes / (threads * READS * reading[0][0].nbytes / taken) for taken in seconds["read"]]
     operations = threads * _native.time_dot(DOTS)[1]
     peak = [2 * weights * length / (operations / taken) for taken in seconds["peak"]]
     one = [taken / DECODED for taken in seconds["decode"]]
