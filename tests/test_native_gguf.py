@@ -101,11 +101,39 @@ def test_tensors_that_share_bytes_are_refused_by_both_readers(tmp_path):
         return path
 
     assert_same(*both(file(256)))
-    for offset in (0, 32, 252):
+    for offset in (0, 32, 224):
         with pytest.raises(ValueError, match="two tensors share bytes"):
             _native.Gguf(file(offset).read_bytes())
         with pytest.raises(UserError, match="two tensors share bytes"):
             read_gguf(file(offset))
+
+
+@pytest.mark.parametrize(
+    ("alignment", "offset", "says"),
+    [
+        (None, 258, "offset is no multiple of its alignment"),
+        (None, 264, "offset is no multiple of its alignment"),
+        (64, 288, "offset is no multiple of its alignment"),
+        (1, 257, "alignment is"),
+        (4, 256, "alignment is"),
+        (12, 264, "alignment is"),
+        (8, 264, None),
+        (64, 320, None),
+    ],
+)
+def test_numbers_lie_where_processors_can_read_them_or_both_readers_refuse(alignment, offset, says, tmp_path):
+    """GGUF's specification: the alignment is a multiple of 8, and offsets are of the alignment."""
+    keys = b"" if alignment is None else struct.pack("<Q", 17) + b"general.alignment" + struct.pack("<II", 4, alignment)
+    infos = b"".join(struct.pack("<Q", 1) + name + struct.pack("<IQIQ", 1, 64, 0, at) for name, at in ((b"a", 0), (b"b", offset)))
+    head = b"GGUF" + struct.pack("<IQQ", 3, 2, int(alignment is not None)) + keys + infos
+    path = tmp_path / "file.gguf"
+    path.write_bytes(head + bytes(-len(head) % (alignment or 32)) + np.arange(160, dtype=np.float32).tobytes())
+    if says is None:
+        return assert_same(*both(path))
+    with pytest.raises(ValueError, match=says):
+        _native.Gguf(path.read_bytes())
+    with pytest.raises(UserError, match=says):
+        read_gguf(path)
 
 
 @settings(max_examples=400, deadline=None)

@@ -18,6 +18,7 @@ namespace {
 constexpr uint64_t kMostItems = 1 << 24;
 constexpr uint32_t kMostDimensions = 4;
 constexpr uint64_t kMostName = 4096;
+constexpr int64_t kAlignmentStep = 8;  // GGUF's specification: a multiple of it; and what no number here is wider than
 constexpr int64_t kMostAlignment = 4096;
 constexpr uint64_t kLargest = std::numeric_limits<int64_t>::max();
 
@@ -242,11 +243,14 @@ Result<Gguf> Gguf::parse(Bytes data) {
   if (const Value* value = file.value("general.alignment")) {
     const auto* number = std::get_if<int64_t>(value);
     alignment = number == nullptr ? 0 : *number;
-    if (alignment < 1 || alignment > kMostAlignment) return bad("its alignment is none from 1 to " + std::to_string(kMostAlignment));
+    if (alignment < 1 || alignment > kMostAlignment || alignment % kAlignmentStep != 0) {
+      return bad("its alignment is no multiple of 8 from 8 to " + std::to_string(kMostAlignment));
+    }
   }
   const auto step = static_cast<uint64_t>(alignment);
   const uint64_t start = (cursor.at() + step - 1) / step * step;
   for (const auto& [tensor, place] : places) {
+    if (place.offset % step != 0) return bad("a tensor's offset is no multiple of its alignment");
     if (start > data.size() || place.offset > data.size() - start || place.bytes > data.size() - start - place.offset) {
       return bad("a tensor lies outside the file");
     }

@@ -112,16 +112,17 @@ class Loader {
                       : kFamilies.find(m.architecture)->second;
     keys_.refuse_uncomputed();
     const auto layers = keys_.integer("block_count", 1, static_cast<int64_t>(file_.tensors().size()));
-    m.width = keys_.integer("embedding_length", 1, kMost);
+    m.width = keys_.integer("embedding_length", 1, kMostColumns);
     m.heads = keys_.integer("attention.head_count", 1, kMost);
     m.kv_heads = keys_.integer("attention.head_count_kv", 1, m.heads, m.heads);
     m.head_width = keys_.integer("attention.key_length", 2, kMostHeadWidth, m.width / m.heads);
-    m.ffn = keys_.integer("feed_forward_length", 1, kMost);
+    m.ffn = keys_.integer("feed_forward_length", 1, kMostColumns);
     m.context = keys_.integer("context_length", 1, kMost);
     epsilon_ = static_cast<float>(keys_.real("attention.layer_norm_rms_epsilon"));
     if (keys_.error()) return;
     m.layers.resize(static_cast<size_t>(layers));
     if (!(epsilon_ >= 0)) keys_.fail("the epsilon of its norms is negative");
+    if (m.heads * m.head_width > kMostColumns) keys_.fail("its heads together are wider than " + std::to_string(kMostColumns));
     if (m.heads % m.kv_heads != 0) keys_.fail("its key and value heads do not divide its heads");
     if (m.head_width < 2 || m.head_width > kMostHeadWidth || m.head_width % 2 != 0) keys_.fail("its heads have a width that rotary positions cannot turn");
     for (const char* key : {"attention.value_length", "rope.dimension_count"}) {

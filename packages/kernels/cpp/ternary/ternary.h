@@ -17,6 +17,7 @@ constexpr int64_t kPanelRows = 16;
 constexpr int64_t kBlockColumns = 16;
 constexpr int64_t kBlockBytes = 64;
 constexpr int64_t kGroup = 128;  // columns that share a scale in the granularity `group`
+constexpr int64_t kMostColumns = 1 << 23;  // whose sums int32 holds: 2 * 127 * 2^23 < 2^31
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

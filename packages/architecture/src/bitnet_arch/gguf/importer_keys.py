@@ -25,6 +25,8 @@ MICROSOFT = ("bitnet-25", "bitnet-b1.58")
 
 FAMILY_OF = {name: family for family, (name, _) in STOCK.items()} | dict.fromkeys(MICROSOFT, "bitnet")
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
+MOST_COLUMNS = 2**23
+"""Of a ternary matrix: int32 sums of 8-bit activations are exact up to there (`bitnet_kernels`)."""
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
@@ -81,6 +83,11 @@ def config_of(keys: FileKeys, family: str) -> PreTrainedConfig:
         raise keys.fail(f"it claims {heads} heads")
     hidden = keys.get("embedding_length", int)
     width = keys.get("attention.key_length", int, hidden // heads)
+    wide = {"embedding_length": hidden, "feed_forward_length": keys.get("feed_forward_length", int)}
+    if (key := next((key for key, columns in wide.items() if columns > MOST_COLUMNS), None)) is not None:
+        raise keys.fail(f"its key {keys.architecture}.{key} is no whole number from 1 to {MOST_COLUMNS}")
+    if heads * width > MOST_COLUMNS:
+        raise keys.fail(f"its heads together are wider than {MOST_COLUMNS}")
     if keys.get("attention.value_length", int, width) != width or keys.get("rope.dimension_count", int, width) != width:
         raise keys.fail("its heads have keys, values and rotary positions of different widths")
     relu2 = keys.architecture in MICROSOFT

@@ -179,11 +179,13 @@ def read_gguf(path: Path | str) -> GgufFile:
     keys_end = cursor.at
     listed = [_tensor_info(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or not 1 <= alignment <= 4096:
-        raise cursor.fail(f"its alignment is {alignment!r}")
+    if type(alignment) is not int or not 1 <= alignment <= 4096 or alignment % 8:  # GGUF's specification: a multiple of 8
+        raise cursor.fail(f"its alignment is {alignment!r:.40}, no multiple of 8 from 8 to 4096")
     start = -(-cursor.at // alignment) * alignment
     tensors = {}
     for name, info in listed:
+        if info.offset % alignment:
+            raise cursor.fail(f"tensor {name!r}'s offset is no multiple of its alignment")
         if name in tensors or start + info.offset + info.nbytes > len(data):
             raise cursor.fail(f"tensor {name!r} is repeated or lies outside the file")
         tensors[name] = TensorInfo(info.shape, info.ggml_id, start + info.offset, info.nbytes)
