@@ -33,8 +33,9 @@ def program(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    small = tiny_llama(hidden=128, ffn=256, heads=4, kv_heads=2, tied=False)
-    save_packed(convert_model(small, ConversionConfig(norm="subln", gain="one")), folder / "m", tiny_tokenizer(512))
+    # Wide enough that products of nine tokens, and the head with one, have threads.
+    small = tiny_llama(hidden=256, ffn=768, vocab=1024, heads=4, kv_heads=2, tied=False)
+    save_packed(convert_model(small, ConversionConfig(norm="subln", gain="one")), folder / "m", tiny_tokenizer(1024))
     export_gguf(folder / "m", folder / "model.gguf", embedding="q8_0")
     return folder / "model.gguf"
 
@@ -60,15 +61,15 @@ def test_the_library_exports_its_c_functions_alone():
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_c_program_computes_what_python_does(threads, program, model):
-    tokens = [5, 100, 17, 511]
+    tokens = [5, 100, 17, 511, 1023, 2, 3, 400, 600]
     found = np.array([float.fromhex(line) for line in run(program, "logits", model, *tokens, threads=threads).split()], np.float32)
     expected = Engine(model).logits(tokens)[-1]
-    assert np.array_equal(found[:512], expected)
+    assert np.array_equal(found[:1024], expected)
     exact = torch.from_numpy(expected).double().log_softmax(-1)
-    assert (torch.from_numpy(found[512:]).double() - exact).abs().max() <= 2e-6
+    assert (torch.from_numpy(found[1024:]).double() - exact).abs().max() <= 2e-6
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("what", ["errors", "cancel", "memory", "limit"])
+@pytest.mark.parametrize("what", ["errors", "cancel", "memory", "attention", "limit"])
 def test_whatever_goes_wrong_is_a_code_and_the_engine_goes_on(what, threads, program, model):
     run(program, what, model, threads=threads)

@@ -106,7 +106,8 @@ WF_API wf_status wf_step_text(wf_engine* engine, int64_t slot, const char* text,
 /* Turns logits [rows, count] into logarithms of probabilities, in place. */
 WF_API wf_status wf_log_probabilities(float* logits, int64_t rows, int64_t count);
 
-/* Makes the step that runs, or else the next one, return WF_CANCELLED. */
+/* Makes the step that runs, or else the next one, return WF_CANCELLED. A step looks before each layer, before each product with the head
+ * and after the last one: it ends when what it computes just then (of at most 256 tokens) is done. */
 WF_API void wf_cancel(wf_engine* engine);
 
 /* How many tokens a slot holds. */

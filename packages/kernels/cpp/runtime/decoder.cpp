@@ -42,6 +42,8 @@ Error out_of(const char* what, int64_t value, const char* why) {
   return {Kind::argument, std::string(what) + " is " + std::to_string(value) + ": " + why};
 }
 
+Error cancellation() { return {Kind::cancelled, "the step was cancelled"}; }
+
 Error not_finite(const char* what) {
   return {Kind::number, std::string(what) + " is not finite: the file's numbers are damaged or too large"};
 }
@@ -144,6 +146,7 @@ Result<Stats> Decoder::step(std::span<const Sequence> sequences, Rows wanted, fl
       norm_rows(floats_, model_->output_norm, s.x.data() + static_cast<int64_t>(row - first) * width, 1, width, heads.data() + found++ * width);
     }
     if (!finite(heads.data(), found * width)) return not_finite("what the head reads");
+    if (cancelled_.load(std::memory_order_relaxed)) return cancellation();
     if (logits != nullptr) {
       multiply_head(model_, kernels_.isa, heads.data(), found, logits);
       if (!finite(logits, found * model_->vocabulary)) return not_finite("a logit");
@@ -152,6 +155,7 @@ Result<Stats> Decoder::step(std::span<const Sequence> sequences, Rows wanted, fl
     if (hidden != nullptr) hidden = std::copy_n(heads.data(), found * width, hidden);
     first = end;
   }
+  if (cancelled_.load(std::memory_order_relaxed)) return cancellation();  // that came during the last head
   for (size_t i = 0; i < sequences.size(); ++i) lengths_[static_cast<size_t>(sequences[i].slot)] = lengths[i];
   const auto spent = std::chrono::steady_clock::now() - begin;
   const Stats step{1, static_cast<int64_t>(rows.size()), std::chrono::duration_cast<std::chrono::nanoseconds>(spent).count()};
@@ -179,7 +183,7 @@ std::optional<Error> Decoder::forward(std::span<const Row> rows, Scratch& s) {
     }
   }
   for (size_t i = 0; i < m.layers.size(); ++i) {
-    if (cancelled_.load(std::memory_order_relaxed)) return Error{Kind::cancelled, "the step was cancelled"};
+    if (cancelled_.load(std::memory_order_relaxed)) return cancellation();
     const Layer& layer = m.layers[i];
     if (auto error = attend(layer, static_cast<int64_t>(i), rows, s)) return error;
     if (auto error = feed_forward(layer, count, s)) return error;

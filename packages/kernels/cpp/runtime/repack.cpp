@@ -42,11 +42,12 @@ struct Scales {
   uint8_t& live_at(int64_t row, int64_t group) { return live[static_cast<size_t>(row * groups + group)]; }
 };
 
+// Of the types with a scale a block: I2_S has one for the tensor (only_scale).
 const char* read_ternary(const Tensor& tensor, int64_t row, uint8_t* codes, float* block_scales, Scales& scales) {
   const int64_t columns = tensor.columns();
   ternary_row(tensor, row, codes, block_scales);
   if (*std::max_element(codes, codes + columns) > 2) return "holds a code outside -1, 0 and 1";
-  const int64_t block = tensor.type == Type::i2_s ? columns : size_of(tensor.type)->block, step = std::min(block, kGroup);
+  const int64_t block = size_of(tensor.type)->block, step = std::min(block, kGroup);
   for (int64_t first = 0; first < columns; first += step) {
     const int64_t end = std::min(first + step, columns), group = first / kGroup;
     const bool live = std::any_of(codes + first, codes + end, [](uint8_t code) { return code != 1; });

@@ -5,7 +5,6 @@
 
 #include "ternary/floats.h"
 #include "ternary/half.h"
-#include "ternary/memory.h"
 
 namespace wf {
 namespace {
@@ -72,29 +71,34 @@ double element(const KvCache& cache, const void* of, const float* scales, int64_
   return static_cast<double>(static_cast<const int8_t*>(of)[at]) * static_cast<double>(scales[row]);
 }
 
+// Online softmax, of one position after the other. On the stack for the same reason: of some of a head's numbers at a time.
 void attention(const KvCache& cache, int64_t kv_head, const float* q, int64_t group, int64_t first, int64_t last, float scale,
                float* out) {
+  constexpr int64_t kNumbers = 256;
   const int64_t dim = cache.head_dim;
-  const auto weights = allocate<double>(last - first), sums = allocate<double>(dim);
+  double sums[kNumbers];
   for (int64_t head = 0; head < group; ++head, q += dim, out += dim) {
-    double largest = -HUGE_VAL, total = 0.0;
-    for (int64_t p = first; p < last; ++p) {
-      double score = 0.0;
-      for (int64_t i = 0; i < dim; ++i) {
-        score += static_cast<double>(q[i]) * element(cache, cache.keys, cache.key_scales, cache.row(kv_head, p), i);
+    for (int64_t begin = 0; begin < dim; begin += kNumbers) {
+      const int64_t count = std::min(kNumbers, dim - begin);
+      double largest = -HUGE_VAL, total = 0.0;
+      std::fill_n(sums, count, 0.0);
+      for (int64_t p = first; p < last; ++p) {
+        const int64_t row = cache.row(kv_head, p);
+        double score = 0.0;
+        for (int64_t i = 0; i < dim; ++i) score += static_cast<double>(q[i]) * element(cache, cache.keys, cache.key_scales, row, i);
+        score *= static_cast<double>(scale);
+        if (score > largest) {
+          const double earlier = std::exp(largest - score);
+          total *= earlier;
+          for (int64_t i = 0; i < count; ++i) sums[i] *= earlier;
+          largest = score;
+        }
+        const double weight = std::exp(score - largest);
+        total += weight;
+        for (int64_t i = 0; i < count; ++i) sums[i] += weight * element(cache, cache.values, cache.value_scales, row, begin + i);
       }
-      weights[p - first] = score * static_cast<double>(scale);
-      largest = std::max(largest, weights[p - first]);
+      for (int64_t i = 0; i < count; ++i) out[begin + i] = last > first ? static_cast<float>(sums[i] / total) : 0.0F;
     }
-    std::fill_n(sums.get(), dim, 0.0);
-    for (int64_t p = first; p < last; ++p) {
-      const double weight = std::exp(weights[p - first] - largest);
-      total += weight;
-      for (int64_t i = 0; i < dim; ++i) {
-        sums[i] += weight * element(cache, cache.values, cache.value_scales, cache.row(kv_head, p), i);
-      }
-    }
-    for (int64_t i = 0; i < dim; ++i) out[i] = last > first ? static_cast<float>(sums[i] / total) : 0.0F;
   }
 }
 

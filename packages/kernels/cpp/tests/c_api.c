@@ -2,10 +2,14 @@
  *
  *   logits FILE TOKEN ...   the logits after some tokens, as hexadecimal floats
  *   errors FILE             every mistake is a code with a sentence, and changes nothing
- *   cancel FILE             in the middle of a long step, too late, and before one
+ *   cancel FILE             in the middle of a long step, anywhere in a short one, and before one
  *   memory FILE             every allocation of every call fails once
- *   limit FILE              the same with RLIMIT_AS, where no allocation is singled out */
+ *   attention FILE          the same in a step with attention on the pool's threads, of the scalar kernels
+ *   limit FILE              the same with RLIMIT_AS, where no allocation is singled out
+ *
+ * With WF_THREADS above 1 the pool must have started a thread. */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -28,7 +32,15 @@ static atomic_long allocations;      /* since the last call of fail_from */
 static atomic_long fails = -1;       /* the allocation that fails; -1: none */
 static atomic_int fails_ever_after;  /* whether all later ones do, too */
 
+static wf_engine* _Atomic to_cancel; /* whose step `stepping` is in: instead of failing, an allocation cancels it */
+static pthread_t stepping;
+
 static int refused(void) {
+  wf_engine* engine = atomic_load(&to_cancel);
+  if (engine != NULL) {
+    if (pthread_equal(pthread_self(), stepping) && atomic_fetch_add(&allocations, 1) == atomic_load(&fails)) wf_cancel(engine);
+    return 0;
+  }
   const long now = atomic_fetch_add(&allocations, 1), at = atomic_load(&fails);
   return at >= 0 && (now == at || (now > at && atomic_load(&fails_ever_after)));
 }
@@ -59,8 +71,8 @@ static float logits[2][1 << 16];
 static int32_t text[LONG];
 static wf_info info;
 
-static wf_engine* open_engine(const char* path) {
-  const wf_options options = {SLOTS, 0, WF_CACHE_F32, NULL};
+static wf_engine* open_with(const char* path, const char* isa) {
+  const wf_options options = {SLOTS, 0, WF_CACHE_F32, isa};
   wf_engine* engine = NULL;
   CHECK(wf_version() == WF_ENGINE_VERSION);
   CHECK(wf_open(path, &options, &engine) == WF_OK);
@@ -68,6 +80,8 @@ static wf_engine* open_engine(const char* path) {
   for (int i = 0; i < LONG; ++i) text[i] = (int32_t)((i * 37 + 11) % info.vocabulary);
   return engine;
 }
+
+static wf_engine* open_engine(const char* path) { return open_with(path, NULL); }
 
 static int64_t length(const wf_engine* engine, int64_t slot) {
   int64_t found = -1;
@@ -80,12 +94,15 @@ static wf_status step(wf_engine* engine, int64_t slot, const int32_t* tokens, in
   return wf_step(engine, &sequence, 1, WF_ROWS_LAST, out, NULL);
 }
 
-/* Every slot gets a long text: thousands of rows. */
-static wf_status long_step(wf_engine* engine) {
+/* Some slots get a long text each. */
+static wf_status long_steps(wf_engine* engine, int64_t slots) {
   wf_sequence sequences[SLOTS];
-  for (int64_t i = 0; i < SLOTS; ++i) sequences[i] = (wf_sequence){i, text, LONG, 0};
-  return wf_step(engine, sequences, SLOTS, WF_ROWS_NONE, NULL, NULL);
+  for (int64_t i = 0; i < slots; ++i) sequences[i] = (wf_sequence){i, text, LONG, 0};
+  return wf_step(engine, sequences, slots, WF_ROWS_NONE, NULL, NULL);
 }
+
+/* Every slot does: thousands of rows. */
+static wf_status long_step(wf_engine* engine) { return long_steps(engine, SLOTS); }
 
 /* The engine computes what it did before something went wrong, which `logits[0]` has. */
 static void works_as_before(wf_engine* engine) {
@@ -239,6 +256,18 @@ static int cancel(const char* path) {
   wf_cancel(engine); /* perhaps the second one that came too late for the step: the next one ends, once */
   CHECK(step(engine, 0, text, 3, logits[1]) == WF_CANCELLED && length(engine, 0) == 2);
   works_as_before(engine);
+  stepping = pthread_self();
+  for (long allocation = 0, made = 1; allocation < made; ++allocation) { /* also those of the product with the head, which is last */
+    fail_from(allocation, 0);
+    atomic_store(&to_cancel, engine);
+    const wf_status status = step(engine, 0, text, 9, logits[1]);
+    atomic_store(&to_cancel, NULL);
+    made = atomic_load(&allocations);
+    fail_from(-1, 0);
+    CHECK(made > allocation ? status == WF_CANCELLED && length(engine, 0) == 2 : status == WF_OK);
+    CHECK(wf_truncate(engine, 0, 2) == WF_OK);
+  }
+  works_as_before(engine);
   CHECK(long_step(engine) == WF_OK);
   for (int64_t slot = 0; slot < SLOTS; ++slot) CHECK(length(engine, slot) == LONG + (slot == 0 ? 2 : 0));
   works_as_before(engine);
@@ -299,6 +328,27 @@ static int memory(const char* path) {
   return 0;
 }
 
+static int attention(const char* path) {
+  enum { TEXTS = 3, TIMES = 16 }; /* more than 256 rows, with work enough for the pool */
+  wf_engine* engine = open_with(path, "scalar");
+  CHECK(step(engine, 1, text, 9, logits[0]) == WF_OK);
+  CHECK(wf_truncate(engine, 1, 0) == WF_OK);
+  fail_from(-1, 0);
+  CHECK(long_steps(engine, TEXTS) == WF_OK);
+  const long made = atomic_load(&allocations), stride = made / TIMES + 1;
+  for (long allocation = 0; allocation < made; allocation += stride) {
+    for (int64_t slot = 0; slot < TEXTS; ++slot) CHECK(wf_truncate(engine, slot, 0) == WF_OK);
+    fail_from(allocation, 0);
+    const wf_status status = long_steps(engine, TEXTS);
+    fail_from(-1, 0);
+    CHECK(status == WF_NO_MEMORY || status == WF_OK);
+    for (int64_t slot = 0; slot < TEXTS; ++slot) CHECK(length(engine, slot) == (status == WF_OK ? LONG : 0));
+  }
+  works_as_before(engine);
+  wf_close(engine);
+  return 0;
+}
+
 static int limit(const char* path) {
   wf_engine *engine = open_engine(path), *opened = NULL;
   struct rlimit before, tight;
@@ -324,12 +374,29 @@ static int limit(const char* path) {
   return 0;
 }
 
-int main(int count, char** arguments) {
-  if (count < 3) return 2;
-  const char *name = arguments[1], *path = arguments[2];
-  if (strcmp(name, "logits") == 0) return print_logits(path, count - 3, arguments + 3);
+static int run(const char* name, const char* path, int count, char** tokens) {
+  if (strcmp(name, "logits") == 0) return print_logits(path, count, tokens);
   if (strcmp(name, "errors") == 0) return errors(path);
   if (strcmp(name, "cancel") == 0) return cancel(path);
   if (strcmp(name, "memory") == 0) return memory(path);
+  if (strcmp(name, "attention") == 0) return attention(path);
   return strcmp(name, "limit") == 0 ? limit(path) : 2;
+}
+
+static int running_threads(void) {
+  DIR* tasks = opendir("/proc/self/task");
+  CHECK(tasks != NULL);
+  int count = 0;
+  for (const struct dirent* task; (task = readdir(tasks)) != NULL;) count += task->d_name[0] != '.';
+  closedir(tasks);
+  return count;
+}
+
+int main(int count, char** arguments) {
+  if (count < 3) return 2;
+  const char* threads = getenv("WF_THREADS");
+  const int wanted = threads == NULL ? 0 : atoi(threads); /* before a call changes the variable */
+  const int result = run(arguments[1], arguments[2], count - 3, arguments + 3);
+  if (wanted > 0) CHECK(running_threads() == wanted);
+  return result;
 }

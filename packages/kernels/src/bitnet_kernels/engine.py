@@ -352,7 +352,10 @@ class Engine:
         self._held[to] = self._held[source][:length]
 
     def cancel(self) -> None:
-        """Make the step that runs in another thread, or else the next one, end with `InterruptedError`."""
+        """Make the step that runs in another thread, or else the next one, end with `InterruptedError`.
+
+        It ends when the layer or the product with the head that it computes just then (of at most 256 tokens) is done.
+        """
         self._engine.cancel()
 
     def statistics(self) -> Statistics:
