@@ -20,7 +20,7 @@ from wrinklefree.teachers import local
 from wrinklefree.teachers.cache import DiskCache
 from wrinklefree.teachers.load import check_tokenizer, load_teacher
 from wrinklefree.teachers.local import LocalTeacher, _move_all_but
-from wrinklefree.teachers.remote import RemoteSource
+from wrinklefree.teachers.remote import RemoteSource, read_key
 from wrinklefree.teachers.settings import TeacherConfig
 from wrinklefree.teachers.tops import LocalSource, TopTeacher, piece_spans
 from wrinklefree.views import Head, Needs, model_logits
@@ -221,6 +221,7 @@ class Server:
         self.dialect, self.model, self.tokenizer = dialect, model, tokenizer
         self.requests, self.failures, self.delay, self.most, self.status = [], 0, 0.0, 20, 503
         self.now = self.together = 0
+        self.drips = None
         self.lock = threading.Lock()
         outer = self
 
@@ -234,6 +235,9 @@ class Server:
                     outer.now += 1
                     outer.together = max(outer.together, outer.now)
                 time.sleep(outer.delay)
+                if outer.drips:
+                    self.drip(json.dumps(outer.answer(body)).encode())
+                    return
                 content = b"busy" if failing else json.dumps(outer.answer(body)).encode()
                 with outer.lock:
                     outer.now -= 1
@@ -241,6 +245,21 @@ class Server:
                     self.send_response(outer.status if failing else 200)
                     self.end_headers()
                     self.wfile.write(content)
+                except OSError:
+                    pass  # it was not waited for
+
+            def drip(self, content):
+                """Send a byte now and then for two seconds, then the answer: where it may be anything, none is out of time."""
+                start = b"HTTP/1.0 200 OK\r\n"
+                head, inner, tail = (
+                    (start + b"X-Slow: ", b"x", b"\r\n\r\n") if outer.drips == "head" else (start + b"\r\n", b" ", b"")
+                )
+                try:
+                    self.wfile.write(head)
+                    for _ in range(20):
+                        self.wfile.write(inner)
+                        time.sleep(0.1)
+                    self.wfile.write(tail + content)
                 except OSError:
                     pass  # it was not waited for
 
@@ -360,6 +379,44 @@ def test_a_server_that_is_slow_down_or_refuses_is_named_and_not_waited_for(serve
     server.server.server_close()
     with pytest.raises(UserError, match="gave no answer in 1 try"):
         source(server, retries=0)
+
+
+@pytest.mark.parametrize("where", ["head", "body"])
+def test_a_server_that_drips_is_not_waited_for(where, serve):
+    server = serve()
+    teacher = source(server, timeout=1.0, retries=1)
+    server.drips = where
+    with pytest.raises(UserError, match=r"gave no answer in 2 tries \(no answer in 1 s\)"):
+        teacher.tops([torch.arange(1, 4)])
+    # Control: the same answer, if it has the time.
+    teacher.timeout = 60.0
+    assert len(teacher.tops([torch.arange(1, 4)])) == 1
+
+
+def test_an_answer_that_is_no_json_is_asked_for_again_and_named(serve):
+    server = serve()
+    teacher = source(server, retries=1)
+    server.failures, server.status = 1, 200
+    assert len(teacher.tops([torch.arange(1, 4)])) == 1
+    server.failures = 2
+    with pytest.raises(UserError, match=r"gave no answer in 2 tries \(its answer is no JSON\)"):
+        teacher.tops([torch.arange(1, 4)])
+
+
+def test_an_address_that_cannot_be_asked_is_no_answer_without_json(serve):
+    with pytest.raises(UserError, match=r"teacher.url=http://127.0.0.1:1/ä is no address that can be asked"):
+        RemoteSource("http://127.0.0.1:1/ä", "tiny", "vllm", K, tiny_tokenizer(), timeout=5, retries=0, concurrency=1)
+
+
+@pytest.mark.parametrize("key", ["one\ntwo", "one\r\nX-Other: two", "schlüssel", "键", "tab\tbed", "\x7f"])
+def test_a_key_that_no_header_can_carry_is_refused(key, tmp_path):
+    path = tmp_path / "key"
+    path.write_bytes(key.encode())
+    with pytest.raises(UserError, match="holds more than one line of printable ASCII") as refused:
+        read_key(str(path))
+    assert key not in str(refused.value)
+    path.write_bytes(b"  s3cret-key_=\r\n")
+    assert read_key(str(path)) == "s3cret-key_="
 
 
 def test_too_few_log_probabilities_and_another_dialect_are_named(serve):
@@ -493,6 +550,7 @@ def test_behind_a_cache_a_teacher_with_more_logits_is_refused_too(run, tmp_path,
         (["teacher.kind=vllm", "teacher.url=http://x"], "teacher.kind=vllm needs teacher.model"),
         (["teacher.kind=vllm", "teacher.url=x", "teacher.model=m"], "must begin with http"),
         (["teacher.url=http://x"], "teacher.url belongs to a server"),
+        (["teacher.kind=vllm", "teacher.url=http://x", "teacher.model=m", "teacher.timeout_s=inf"], "must be at most 1e6 seconds"),
         (
             ["teacher.kind=sglang", "teacher.url=http://x", "teacher.model=m", "teacher.offload=true"],
             "offload has no effect on a server",

@@ -12,8 +12,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,11 @@ from wrinklefree.teachers.tops import Top
 
 Entry = tuple[float, int, str | None]
 """Log-probability, token, and its text if the server says it."""
+
+Answer = tuple[int, str, bytes]
+"""Status, its name, and the body."""
+PIECE = 1 << 16
+"""Bytes of an answer that are read at a time."""
 
 
 class Dialect(NamedTuple):
@@ -126,7 +133,7 @@ class RemoteSource:
             dialect: a key of `DIALECTS`.
             top_k: tokens of an answer.
             tokenizer: the student's, which the server's has to agree with.
-            timeout: seconds that an answer may take.
+            timeout: seconds that an answer may take, from the first byte of the request to the last of it.
             retries: how often a request is repeated that failed or took too long, after 1, 2, 4 ... times `pause` seconds.
             concurrency: requests at a time.
             key: sent as a bearer token.
@@ -196,19 +203,25 @@ class RemoteSource:
                 time.sleep(self.pause * 2 ** (attempt - 1))
             request = urllib.request.Request(address, json.dumps(body).encode(), headers)
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return json.load(response)
-            except urllib.error.HTTPError as error:
-                reason = f"{error.code} {error.reason}"
-                if error.code < 500 and error.code not in (408, 429):  # asking again would not help
-                    said = error.read(300).decode(errors="replace").strip().replace("\n", " ")
-                    raise UserError(f"the teacher at {address} refused a request ({reason}: {said}): see to its settings") from None
+                status, reason, content = _within(self.timeout, partial(_answer, request, self.timeout))
             except TimeoutError:
                 reason = f"no answer in {self.timeout:g} s"
+                continue
             except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
                 cause = getattr(error, "reason", error)
                 reason = f"no answer in {self.timeout:g} s" if isinstance(cause, TimeoutError) else str(cause)
-            except ValueError:
+                continue
+            except ValueError as error:  # before anything was sent: asking again would not help
+                raise UserError(f"teacher.url={self.url} is no address that can be asked ({error}): mend it") from None
+            if status >= 400:
+                reason = f"{status} {reason}"
+                if status < 500 and status not in (408, 429):  # asking again would not help
+                    said = content[:300].decode(errors="replace").strip().replace("\n", " ")
+                    raise UserError(f"the teacher at {address} refused a request ({reason}: {said}): see to its settings")
+                continue
+            try:
+                return json.loads(content)
+            except (ValueError, RecursionError):
                 reason = "its answer is no JSON"
         tries = f"{self.retries + 1} tries" if self.retries else "1 try"
         raise UserError(
@@ -254,18 +267,57 @@ def _nonsense(place: list[Entry], vocabulary: int) -> str | None:
     return f"probabilities that sum to {total:.3f}" if total > 1 + SUM_SLACK else None
 
 
+def _within(seconds: float, work: Callable[[], Answer]) -> Answer:
+    """Do something in a thread of its own, and wait for it so long and no longer.
+
+    A socket's timeout is of single operations, so that a server that sends a byte now and then is never out of time. A thread
+    that was not waited for is left to itself, and does not keep the process from ending.
+
+    Raises:
+        TimeoutError: if it takes longer.
+    """
+    done: Future[Answer] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # whatever it is belongs to who waits
+            done.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return done.result(seconds)
+
+
+def _answer(request: urllib.request.Request, seconds: float) -> Answer:
+    """Return a server's answer, whatever its status; of one that sends and sends, no more is read once its time is up."""
+    end = time.monotonic() + seconds
+    try:
+        response = urllib.request.urlopen(request, timeout=seconds)
+    except urllib.error.HTTPError as error:
+        response = error
+    with response:
+        pieces = []
+        while piece := response.read1(PIECE):
+            if time.monotonic() > end:
+                raise TimeoutError
+            pieces.append(piece)
+        return int(response.status), str(response.reason), b"".join(pieces)
+
+
 def read_key(path: str | None) -> str | None:
     """Return the key in a file.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or it is none that a header of HTTP can carry.
     """
     if path is None:
         return None
     try:
-        key = Path(path).expanduser().read_text().strip()
+        key = Path(path).expanduser().read_bytes().strip().decode("latin-1")
     except OSError as error:
         raise UserError(f"teacher.api_key_file={path} cannot be read ({error.strerror}): name a file with the key") from None
     if not key:
         raise UserError(f"teacher.api_key_file={path} is empty: name a file with the key")
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"teacher.api_key_file={path} holds more than one line of printable ASCII: name a file with the key alone")
     return key
