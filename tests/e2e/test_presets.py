@@ -1,4 +1,8 @@
-"""Every preset as the command that a person types, on a machine without a network."""
+"""Every preset as the command that a person types, its Python kept from the network.
+
+The guard is in Python's `socket`: what Python code opens, and the processes of Python that it starts. What native code opens is not
+held by it; the machine may have a network.
+"""
 
 import json
 import os
@@ -10,7 +14,7 @@ import pytest
 from wrinklefree.cli import group_choices
 
 ROOT = Path(__file__).parents[2]
-REFUSED = "this test lets no process leave the machine"
+REFUSED = "this test lets no Python code leave the machine"
 # Imported by every Python process at its start. wandb's own service is reached through a socket of this machine.
 GUARD = f"""
 import socket
@@ -34,7 +38,7 @@ socket.getaddrinfo = refused
 
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory):
-    """An environment whose Python processes reach no other machine; its data cache is filled by the first run."""
+    """An environment in which Python's `socket` reaches no other machine; its data cache is filled by the first run."""
     folder = tmp_path_factory.mktemp("offline")
     (folder / "sitecustomize.py").write_text(GUARD)
     kept = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "WANDB_API_KEY", "WANDB_MODE")}
@@ -42,7 +46,7 @@ def offline(tmp_path_factory):
     return kept | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WF_CACHE": str(folder / "cache")}
 
 
-def test_the_guard_lets_nothing_out(offline):
+def test_the_guard_lets_no_python_code_out(offline):
     code = "import urllib.request; urllib.request.urlopen('http://192.0.2.1/')"
     done = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0
