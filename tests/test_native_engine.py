@@ -177,6 +177,21 @@ def test_every_type_of_matrix_with_every_scale(kind, granularity, tmp_path):
     assert_equal_up_to_edges(engine_logits(path), reference(path))
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "row"])  # the two ways to repack
+def test_matrices_of_several_pieces_are_repacked_alike_by_any_number_of_threads(granularity, tmp_path):
+    """More than 2^20 weights of a matrix and 4 MiB of a head, of which threads pack pieces (repack.cpp, blocks_product.cpp)."""
+    model = tiny_llama(ffn=79 * 256, layers=1, vocab=20_001, tied=False)
+    config = ConversionConfig(norm="none", granularity=granularity)
+    path = write(convert_model(model, config), tmp_path, "tq2_0", embedding="q8_0")
+    assert path.stat().st_size > 2 * 20_001 * 272 + 3 * 79 * 256 * 66
+    texts, found = TEXTS[:3], {}
+    for threads in (1, 3):
+        bitnet_kernels.set_threads(threads)
+        found[threads] = engine_logits(path, texts)
+    assert torch.equal(found[1], found[3])
+    assert_equal_up_to_edges(found[1], reference(path, texts))
+
+
 @pytest.mark.parametrize("embedding", ["f16", "bf16", "q8_0", "q6_k", "q4_1"])
 def test_every_type_of_embedding(embedding, tmp_path):
     model = random_model(lambda: LlamaForCausalLM(LlamaConfig(**WIDE, tie_word_embeddings=False)))
@@ -481,6 +496,13 @@ def test_draws_have_the_probabilities_of_the_logits():
         (lambda e: Engine("x\0y"), "a path holds no NUL"),
         (lambda e: Engine("x", cache="int4"), "cache must be f32, f16 or int8"),
         (lambda e: Engine("x", slots=0), "slots and context must be at least 1"),
+        (lambda e: e.logits([1] * 31), "31 tokens do not fit the context of 30"),
+        (lambda e: e.logits([]), "a sequence has no tokens"),
+        (lambda e: e.logits([1, 512]), "a token is 512"),
+        (lambda e: e.prefill([1, 2] + [3] * 29), "31 tokens do not fit the context of 30"),
+        (lambda e: e.prefill([1, 2, 512]), "a token is 512"),
+        (lambda e: e.generate([1], 1, top_k=2**63), "top_k is 9223372036854775808: it must be below 2.63"),
+        (lambda e: e.truncate(2**63, 0), "slot is 9223372036854775808: it must be below 2.63"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_changes_nothing(plain, call, says):
@@ -491,6 +513,51 @@ def test_a_mistake_is_one_sentence_and_changes_nothing(plain, call, says):
     assert "\n" not in str(raised.value)
     assert (engine.length(0), engine.length(1)) == (4, 0)
     assert np.array_equal(engine.step({0: [5]}), Engine(plain).logits([1, 2, 3, 4, 5])[4:])
+
+
+@pytest.mark.parametrize("wrong", [1.9, 1.0, "1", None, np.float32(1), [1]], ids=repr)
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda e, wrong: e.step({wrong if wrong != [1] else (1,): [5]}), "slot"),
+        (lambda e, wrong: e.step({0: [5, wrong]}), "a token"),
+        (lambda e, wrong: e.log_probabilities({0: [wrong]}), "a token"),
+        (lambda e, wrong: e.logits([wrong]), "a token"),
+        (lambda e, wrong: e.logits([5], slot=wrong), "slot"),
+        (lambda e, wrong: e.prefill([1, 2, wrong]), "a token"),
+        (lambda e, wrong: e.prefill([1, 2], slot=wrong), "slot"),
+        (lambda e, wrong: e.generate([1, wrong], 2), "a token"),
+        (lambda e, wrong: e.generate([1], wrong), "max_tokens"),
+        (lambda e, wrong: e.generate([1], 2, top_k=wrong), "top_k"),
+        (lambda e, wrong: e.generate([1], 2, seed=wrong), "seed"),
+        (lambda e, wrong: e.generate([1], 2, slot=wrong), "slot"),
+        (lambda e, wrong: e.generate([1], 2, stop=[wrong if wrong != [1] else (1,)]), "stop"),
+        (lambda e, wrong: e.generate_many([[1]], wrong), "max_tokens"),
+        (lambda e, wrong: e.generate_many([[1]], 2, seed=wrong), "seed"),
+        (lambda e, wrong: e.length(wrong), "slot"),
+        (lambda e, wrong: e.truncate(wrong, 1), "slot"),
+        (lambda e, wrong: e.truncate(0, wrong), "length"),
+        (lambda e, wrong: e.copy(0, wrong, 1), "to"),
+        (lambda e, wrong: Engine("x", slots=wrong), "slots"),
+        (lambda e, wrong: Engine("x", context=wrong if wrong is not None else 1.5), "context"),
+    ],
+)
+def test_what_is_no_whole_number_is_named_and_changes_nothing(plain, call, name, wrong):
+    engine = Engine(plain, slots=2, context=30)
+    engine.step({0: [1, 2, 3, 4]})
+    with pytest.raises(TypeError, match=f"^{name}: a whole number is wanted, not ") as raised:
+        call(engine, wrong)
+    assert "\n" not in str(raised.value)
+    assert (engine.length(0), engine.length(1)) == (4, 0)
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers(plain):
+    engine, i = Engine(plain, slots=np.int64(2), context=np.int32(30)), np.int64
+    assert np.array_equal(engine.step({i(1): np.array([1, 2])}), Engine(plain).logits([1, 2])[1:])
+    same = {"temperature": 1.0, "top_k": 4, "seed": 3}
+    assert list(engine.generate(np.array([1]), i(5), **same | {"top_k": i(4), "seed": i(3)}, stop=[i(600)])) == list(
+        Engine(plain).generate([1], 5, **same)
+    )
 
 
 def test_options_that_the_model_cannot_have(plain):

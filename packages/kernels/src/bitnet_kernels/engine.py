@@ -5,6 +5,7 @@ architectures `bitnet`, `bitnet-25`, `bitnet-b1.58`, `llama`, `qwen2`, `qwen3` a
 `wrinklefree`.
 """
 
+import operator
 import os
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -24,6 +25,17 @@ PREFILL = 256
 """Tokens of a prompt that `prefill` gives to a step: between steps it can be interrupted."""
 _LOGITS, _HIDDEN, _LOG_PROBABILITIES = range(3)
 _BLOCK = -1  # stands for a token that saw later ones, after which nothing can be shared
+
+
+def _whole(name: str, value: object, most: int = 2**63 - 1) -> int:
+    """Return a whole number as an int, which the runtime can take."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: a whole number is wanted, not {value!r:.60}") from None
+    if number > most or number < -(2**63):
+        raise ValueError(f"{name} is {number}: it must be below 2^{most.bit_length()} and not below -2^63")
+    return number
 
 
 class Tokenizer(Protocol):
@@ -91,6 +103,7 @@ class Engine:
             tokenizer: lets prompts be texts.
 
         Raises:
+            TypeError: for slots or a context that are no whole number, as every method does.
             ValueError: if the file is missing, damaged or no model that the decoder runs, or an option cannot be.
             MemoryError: if there is not enough memory.
         """
@@ -100,6 +113,7 @@ class Engine:
             raise ValueError(f"{os.fspath(path)!r} cannot be read (a path holds no NUL)")
         if cache not in _CACHES:
             raise ValueError(f"cache must be f32, f16 or int8, not {cache!r}")
+        slots, context = _whole("slots", slots), None if context is None else _whole("context", context)
         if slots < 1 or (context is not None and context < 1):
             raise ValueError(f"slots and context must be at least 1, not {slots} and {context}")
         self._engine = _native.Engine(os.fspath(path), slots, context or 0, _CACHES.index(cache), isa())
@@ -155,30 +169,43 @@ class Engine:
     def _step(self, sequences: Mapping[int, Sequence[int]], rows: Rows, bidirectional: bool, output: int) -> NDArray[np.float32]:
         if rows not in _ROWS:
             raise ValueError(f"rows must be none, last or all, not {rows!r}")
-        for slot, tokens in sequences.items():
-            self._check(slot, tokens)
-        given = [(int(slot), [int(token) for token in tokens]) for slot, tokens in sequences.items()]
+        given = [self._checked(slot, tokens) for slot, tokens in sequences.items()]
         results: NDArray[np.float32] = self._engine.step(given, _ROWS.index(rows), bidirectional, output)
         for slot, tokens in given:
             self._owners.pop(slot, None)
             self._held[slot] += [_BLOCK] * len(tokens) if bidirectional else tokens
         return results
 
-    def _check(self, slot: int, tokens: Sequence[int]) -> None:
+    def _checked(self, slot: int, tokens: Sequence[int]) -> tuple[int, list[int]]:
+        slot, tokens = _whole("slot", slot), [_whole("a token", token) for token in tokens]
         if not 0 <= slot < self.slots:
             raise ValueError(f"slot is {slot}: the engine has 0 to {self.slots - 1}")
         for token in tokens:
             if not 0 <= token < self.vocabulary:
                 raise ValueError(f"a token is {token}: the model knows 0 to {self.vocabulary - 1}")
+        return slot, tokens
+
+    def _text(self, slot: int, tokens: Sequence[int]) -> tuple[int, list[int]]:
+        """Return a slot and a text that it can hold."""
+        slot, text = self._checked(slot, tokens)
+        if len(text) > self.context:
+            raise ValueError(
+                f"{len(text)} tokens do not fit the context of {self.context}: "
+                "shorten the text or open the model with a larger context"
+            )
+        return slot, text
 
     def logits(self, tokens: Sequence[int], *, slot: int = 0) -> NDArray[np.float32]:
         """Return the logits of every token of a text, float32 `[tokens, vocabulary]`, in a slot that is emptied first.
 
         Raises:
-            ValueError: as `step`.
+            ValueError: as `step`. Where numbers are not finite, or after `cancel`, the slot is empty.
         """
+        slot, text = self._text(slot, tokens)
+        if not text:
+            raise ValueError("a sequence has no tokens")
         self.truncate(slot, 0)
-        return self.step({slot: tokens}, rows="all")
+        return self.step({slot: text}, rows="all")
 
     def prefill(self, tokens: Sequence[int], *, slot: int = 0) -> int:
         """Let a slot hold exactly these tokens, computing only those that no slot holds after the same beginning.
@@ -187,18 +214,18 @@ class Engine:
             How many tokens were computed.
 
         Raises:
-            ValueError: as `step`.
+            ValueError: as `step`. Where numbers are not finite, or after `cancel`, the slot holds a beginning of the text.
         """
-        self._check(slot, tokens)
-        source = max(range(self.slots), key=lambda other: (self._shared(other, tokens), other == slot))
-        kept = self._shared(source, tokens)
+        slot, text = self._text(slot, tokens)
+        source = max(range(self.slots), key=lambda other: (self._shared(other, text), other == slot))
+        kept = self._shared(source, text)
         if source == slot:
             self.truncate(slot, kept)
         else:
             self.copy(source, slot, kept)
-        for start in range(kept, len(tokens), PREFILL):
-            self.step({slot: tokens[start : start + PREFILL]}, rows="none")
-        return len(tokens) - kept
+        for start in range(kept, len(text), PREFILL):
+            self.step({slot: text[start : start + PREFILL]}, rows="none")
+        return len(text) - kept
 
     def _shared(self, slot: int, tokens: Sequence[int]) -> int:
         """Return how many tokens a slot holds that these begin with, too."""
@@ -234,9 +261,10 @@ class Engine:
                 diffusion model, which does not write from left to right. The iterator raises it, too, if its slot was used by
                 anything else in between.
         """
-        self._check(slot, ())
+        slot, _ = self._checked(slot, ())
+        max_tokens = _whole("max_tokens", max_tokens)
         tokens = self._prompt(prompt, max_tokens)
-        options = _Options(temperature, top_k, top_p, seed, frozenset(stop))
+        options = _Options(temperature, top_k, top_p, seed, stop)
         return (token for _, token in self._continue([tokens], max_tokens, options, [slot]))
 
     def generate_many(
@@ -267,8 +295,9 @@ class Engine:
         Raises:
             ValueError: as `generate`.
         """
+        max_tokens, seed = _whole("max_tokens", max_tokens), _whole("seed", seed, 2**64 - 1)
         tokens = [self._prompt(prompt, max_tokens) for prompt in prompts]
-        options = _Options(temperature, top_k, top_p, seed, frozenset(stop))
+        options = _Options(temperature, top_k, top_p, seed, stop)
         if seed + len(prompts) > 2**64:
             raise ValueError(f"seed is {seed}: with {len(prompts)} prompts it must be at most {2**64 - len(prompts)}")
         return self._continue(tokens, max_tokens, options, list(range(self.slots)))
@@ -298,8 +327,7 @@ class Engine:
                 f"a prompt of {len(tokens)} tokens and {max_tokens} more do not fit the context of {self.context}: "
                 "shorten one of them"
             )
-        self._check(0, tokens)
-        return tokens
+        return self._checked(0, tokens)[1]
 
     def _continue(self, prompts: list[list[int]], count: int, options: "_Options", free: list[int]) -> Iterator[tuple[int, int]]:
         """Yield pairs of a prompt's number and a token, of texts in slots that are free for them."""
@@ -329,7 +357,7 @@ class Engine:
 
     def length(self, slot: int = 0) -> int:
         """Return how many tokens a slot holds."""
-        return self._engine.length(slot)
+        return self._engine.length(_whole("slot", slot))
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget a slot's tokens from `length` on.
@@ -337,6 +365,7 @@ class Engine:
         Raises:
             ValueError: if it holds fewer.
         """
+        slot, length = _whole("slot", slot), _whole("length", length)
         self._engine.truncate(slot, length)
         self._owners.pop(slot, None)
         del self._held[slot][length:]
@@ -347,6 +376,7 @@ class Engine:
         Raises:
             ValueError: if that holds fewer.
         """
+        source, to, length = _whole("source", source), _whole("to", to), _whole("length", length)
         self._engine.copy(source, to, length)
         self._owners.pop(to, None)
         self._held[to] = self._held[source][:length]
@@ -367,10 +397,11 @@ class Engine:
 class _Options:
     """How tokens are drawn, checked."""
 
-    def __init__(self, temperature: float, top_k: int, top_p: float, seed: int, stop: frozenset[int]) -> None:
+    def __init__(self, temperature: float, top_k: int, top_p: float, seed: int, stop: Collection[int]) -> None:
+        top_k, seed = _whole("top_k", top_k), _whole("seed", seed, 2**64 - 1)
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}: it must be from 0 to 2^64 - 1")
-        self._sampler, self._seed, self.stop = (temperature, top_k, top_p), seed, stop
+        self._sampler, self._seed, self.stop = (temperature, top_k, top_p), seed, frozenset(_whole("stop", token) for token in stop)
         self.draw(np.zeros(1, np.float32), 0, 0)
 
     def draw(self, logits: NDArray[np.float32], text: int, index: int) -> int:
