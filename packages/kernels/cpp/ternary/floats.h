@@ -32,12 +32,13 @@ struct FloatKernels {
   // (a, b) becomes (a cos - b sin, b cos + a sin). What lies beyond 2 * half stays.
   void (*rope)(float* x, const float* cos, const float* sin, int64_t heads, int64_t head_dim, int64_t half);
 
-  // `store_kv` (kv.h), which is the scalar one.
+  // Writes a position's key and value of a head as `store_kv` (kv.h) does, which is the scalar one.
   void (*store)(const KvCache& cache, int64_t head, int64_t position, const float* key, const float* value);
 
   // out[h] = sum over positions p in [first, last) of softmax(scale * q[h] · key[p]) * value[p] for the `group` query heads h,
-  // [group, head_dim], that share a head of keys and values. The range is the mask: it ends behind the query's position (causal), begins
-  // a window before it (sliding), or ends with its block (bidirectional within one). An empty range gives zeros.
+  // [group, head_dim], that share a head of keys and values. The range is the mask: it ends behind the query's position (causal) or with
+  // its block (bidirectional within one), and begins, and then also ends, within a window of it (sliding). An empty range gives zeros.
+  // Allocates nothing: threads of the pool run it, where memory that runs out would end the process.
   void (*attention)(const KvCache& cache, int64_t kv_head, const float* q, int64_t group, int64_t first, int64_t last, float scale,
                     float* out);
 
