@@ -454,17 +454,17 @@ def test_an_engines_probabilities_are_normalised_if_they_nearly_are():
 def test_smollm2_untrained_fails_only_as_a_wrong_file(tmp_path):
     """Converted but untrained: 30 layers amplify rounding, and controls must fail all the same.
 
-    Rounding by blocks instead of tokens moves this model's perplexity by more or less than any proof may explain away, depending on
-    the processor (17% on these positions on one): the right file is then unproven, for that reason. Its bytes, its layers and the
-    engine against its emulation are within their bounds.
+    Rounding (of embeddings to f16, or by blocks instead of tokens) moves this model's perplexity by more or less than any proof may
+    explain away, depending on the processor (16% and 3% on one): the right file is then unproven, for that reason.
+    Its bytes, its layers and the engines against their forwards are within their bounds.
     """
     directory = tmp_path / "m"
     assert convert(["convert", "HuggingFaceTB/SmolLM2-135M-Instruct", "--out", str(directory)]) == 0
     report = export_proven(directory, tmp_path / "out.gguf")
     show("SmolLM2-135M", report)
     assert (report.positions, report.failed_checks()) == (64, [])
-    undecided = "training.perplexity" in report.undecided_checks()
-    assert (report.status == "unproven") == undecided == ("training.perplexity" in report.reason)
+    undecided = {"training.perplexity", "native.training_perplexity"} & set(report.undecided_checks())
+    assert (report.status == "unproven") == bool(undecided) == any(name in report.reason for name in undecided)
     judged = {check.name for check in report.checks if check.holds}
     assert judged >= {"bytes", "tokenizer", "layers.wrong_codes", "layers.output_error", "engine.mean_kl"}
     assert {report.types["blk.7.attn_q.weight"], report.types["blk.7.ffn_down.weight"]} == {"q2_0", "tq2_0"}
