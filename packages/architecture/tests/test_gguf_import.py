@@ -299,13 +299,14 @@ def parts():
     return file_tensors(model, lambda values: (gguf.quants.quantize(values, kind), values.shape, kind), heads)
 
 
-WIDE = dict.fromkeys(["attention.key_length", "attention.value_length", "rope.dimension_count"], 2**30)
+HEAD_WIDTH = ["attention.key_length", "attention.value_length", "rope.dimension_count"]
 BROKEN = {
     "architecture": ({}, {}, "phi3", "has the architecture 'phi3'"),
     "layers": ({"block_count": 10**6}, {}, "llama", "claims 1000000 layers"),
     "heads": ({"attention.head_count": 0}, {}, "llama", "claims 0 heads"),
     "width": ({"embedding_length": 512}, {}, "llama", "different widths|keys ask for"),
-    "head-width": (WIDE, {}, "llama", "keys ask for"),
+    "head-width": (dict.fromkeys(HEAD_WIDTH, 2**16), {}, "llama", "keys ask for"),
+    "wide-heads": (dict.fromkeys(HEAD_WIDTH, 2**30), {}, "llama", "wider than 8388608"),
     "eps": ({"attention.layer_norm_rms_epsilon": float("nan")}, {}, "llama", "layer_norm_rms_epsilon is nan"),
     "type": ({"block_count": 2.0}, {}, "llama", "block_count is 2.0"),
     "theta": ({"rope.freq_base": -1.0}, {}, "llama", "rotary base is -1.0"),
