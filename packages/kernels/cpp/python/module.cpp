@@ -360,11 +360,15 @@ NB_MODULE(_native, m) {
     });
     return std::pair(taken, read);  // what was read is of no use, but that it is wanted keeps the loops
   });
-  m.def("time_dot", [](int64_t count) {
-    int64_t operations = 0;
-    const double taken = seconds([&] { operations = wf::roofline_dot(count); });
-    return std::pair(taken, operations);
-  });
+  const auto time_operations = [&m](const char* name, int64_t (*roofline)(int64_t)) {
+    m.def(name, [roofline](int64_t count) {
+      int64_t operations = 0;
+      const double taken = seconds([&] { operations = roofline(count); });
+      return std::pair(taken, operations);
+    });
+  };
+  time_operations("time_dot", wf::roofline_dot);
+  time_operations("time_tiles", wf::roofline_tiles);
   bind_runtime(m);
   bind_low_rank(m);
 }

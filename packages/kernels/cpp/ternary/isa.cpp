@@ -1,5 +1,9 @@
 #ifdef WF_X86
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #include <cstring>
@@ -14,7 +18,7 @@
 namespace wf {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avxvnni", "avx512", "neon", "dotprod", "i8mm"};
+constexpr const char* kNames[] = {"scalar", "avx2", "avxvnni", "avx512", "amx", "neon", "dotprod", "i8mm"};
 
 #if defined(__aarch64__)
 // What Linux, and so Android, says of the processor; the bits' names are missing in older headers.
@@ -23,9 +27,19 @@ bool has_i8mm() { return has_dotprod() && (getauxval(AT_HWCAP2) >> 13 & 1) != 0;
 #endif
 
 #ifdef WF_X86
+// Linux keeps tiles, 8 KiB of a thread's state, only for processes that ask for it.
+bool may_use_tiles() {
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 // Asked of the processor itself: `__builtin_cpu_supports` is always false where zig is the compiler, and names differ between others.
 struct X86 {
-  bool avx2 = false, avxvnni = false, avx512 = false;
+  bool avx2 = false, avxvnni = false, avx512 = false, amx = false;
 
   X86() {
     const auto bit = [](unsigned value, int at) { return (value >> at & 1) != 0; };
@@ -37,6 +51,7 @@ struct X86 {
     if ((kept & 0x6) != 0x6 || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return;
     avx2 = with_floats && bit(b, 5);
     avx512 = avx2 && (kept & 0xe0) == 0xe0 && bit(b, 16) && bit(b, 30) && bit(b, 31) && bit(c, 11);  // F, BW, VL, VNNI
+    amx = avx512 && (kept & 0x60000) == 0x60000 && bit(d, 24) && bit(d, 25) && may_use_tiles();  // TILE, INT8
     avxvnni = avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && bit(a, 4);
   }
 };
@@ -65,6 +80,8 @@ const Kernels* kernels_of(Isa isa) {
       return x86().avxvnni ? &kAvxVnni : nullptr;
     case Isa::avx512:
       return x86().avx512 ? &kAvx512 : nullptr;
+    case Isa::amx:
+      return x86().amx ? &kAmx : nullptr;
 #endif
 #if defined(__aarch64__)
     case Isa::neon:

@@ -22,7 +22,7 @@ Buffer<T> panels_of(const T* from, int64_t outputs, int64_t inputs, int64_t outp
 
 PanelProduct panel_product_of([[maybe_unused]] const Kernels& kernels) {
 #ifdef WF_X86
-  if (kernels.isa == Isa::avx512) return low_rank_avx512;
+  if (kernels.isa == Isa::avx512 || kernels.isa == Isa::amx) return low_rank_avx512;
   if (kernels.isa == Isa::avx2 || kernels.isa == Isa::avxvnni) return low_rank_avx2;
 #endif
   return low_rank_baseline;

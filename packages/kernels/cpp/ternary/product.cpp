@@ -125,7 +125,8 @@ int64_t multiply_as(const Kernels& kernels, const std::vector<SharedMatrix>& mat
 }  // namespace
 
 OwnedActivations::OwnedActivations(const Kernels& kernels, const float* x, int64_t tokens, int64_t columns) {
-  const int64_t stride = ceil_div(columns, 64) * 64, groups = ceil_div(columns, kGroup);
+  // An odd number of cache lines, so that several tokens' same columns do not share a set of the first-level cache.
+  const int64_t stride = (ceil_div(columns, 64) | 1) * 64, groups = ceil_div(columns, kGroup);
   memory_.reset(new std::byte[static_cast<size_t>(63 + tokens * (stride + 4 + 4 * groups))]);
   const auto aligned = (reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64;
   auto* codes = reinterpret_cast<int8_t*>(aligned);

@@ -52,6 +52,24 @@ constexpr int64_t kLine = 64, kStep = 256;
   }
 }
 
+// A tile is 16 rows of 64 bytes.
+[[gnu::target("amx-tile,amx-int8")]] void tiles(int64_t rounds) {
+  struct alignas(64) {
+    uint8_t palette = 1, unused[15] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } shapes;
+  __asm__ volatile("" : : "r"(&shapes) : "memory");  // gcc takes the instruction to read a pointer's bytes only
+  _tile_loadconfig(&shapes);
+  for (int64_t i = 0; i < rounds; ++i) {
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
+  }
+  _tile_release();
+}
+
 #endif
 
 uint64_t read_words(const uint8_t* memory, int64_t bytes) {
@@ -76,6 +94,15 @@ int64_t roofline_dot(int64_t count) {
 #ifdef WF_X86
   if (available(Isa::avx512)) return dot512(ceil_div(count, 16)), ceil_div(count, 16) * 16 * 64 * 2;
   if (available(Isa::avxvnni)) return dot256(ceil_div(count, 13)), ceil_div(count, 13) * 13 * 32 * 2;
+#else
+  static_cast<void>(count);
+#endif
+  return 0;
+}
+
+int64_t roofline_tiles(int64_t count) {
+#ifdef WF_X86
+  if (available(Isa::amx)) return tiles(ceil_div(count, 4)), ceil_div(count, 4) * 4 * 16 * 16 * 64 * 2;
 #else
   static_cast<void>(count);
 #endif

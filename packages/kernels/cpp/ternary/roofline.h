@@ -12,4 +12,7 @@ uint64_t roofline_read(const uint8_t* memory, int64_t bytes);
 // Returns how many multiplications and additions of bytes they were, 0 where there is no such instruction.
 int64_t roofline_dot(int64_t count);
 
+// The same of instructions that multiply whole tiles (AMX).
+int64_t roofline_tiles(int64_t count);
+
 }  // namespace wf

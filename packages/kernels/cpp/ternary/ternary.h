@@ -45,7 +45,7 @@ struct Activations {
   int64_t tokens, stride;  // stride: at least 16 * blocks(), a multiple of 64
 };
 
-enum class Isa : int { scalar, avx2, avxvnni, avx512, neon, dotprod, i8mm };
+enum class Isa : int { scalar, avx2, avxvnni, avx512, amx, neon, dotprod, i8mm };
 
 // One instruction set's kernels. Every one gives the scalar one's integers, and its floats up to the order of sums over groups.
 struct Kernels {
@@ -71,7 +71,7 @@ Isa best_isa();                       // the fastest one that is available
 const Kernels* kernels_named(const char* name);  // null for an unknown or unavailable name
 
 extern const Kernels kScalar;
-extern const Kernels kAvx2, kAvxVnni, kAvx512;  // x86 only
+extern const Kernels kAvx2, kAvxVnni, kAvx512, kAmx;  // x86 only
 extern const Kernels kNeon, kDotprod, kI8mm;  // 64-bit Arm
 
 // Packs int8 codes [rows, columns] in {-1, 0, 1}. Returns false at any other value.

@@ -138,6 +138,19 @@ void every_width(const wf::Kernels& isa) {
   }
 }
 
+// Several tiles of tokens, of panels and of columns, none of which come out even.
+void many_tokens(const wf::Kernels& isa) {
+  for (const auto& [rows, columns, tokens] : {std::array<int64_t, 3>{77, 200, 31}, {530, 320, 40}, {47, 8'300, 33}, {33, 17'000, 12}, {20, 70, 700}}) {
+    for (const auto granularity : {Granularity::tensor, Granularity::row, Granularity::group}) {
+      const Matrix w(random_codes(rows * columns), rows, columns, granularity);
+      std::vector<float> values(static_cast<size_t>(tokens * columns));
+      for (auto& value : values) value = std::normal_distribution<float>()(generator);
+      compare(isa, w, Quantized(wf::kScalar, values, tokens, columns), 0, w.view.panels());
+      compare(isa, w, Quantized(wf::kScalar, values, tokens, columns), 1, w.view.panels());
+    }
+  }
+}
+
 // The largest sums: all weights of one sign, all activations +-127. From 2.1 million columns on, a sum of codes that are masked and
 // not shifted passes 2^31 if it is not taken apart.
 void largest_sums(const wf::Kernels& isa, int64_t rows, int64_t columns, int64_t tokens) {
@@ -400,8 +413,10 @@ int main(int argc, char** argv) {
     if (isa->isa != static_cast<wf::Isa>(i)) fail("a set under another's name");
     names += (names.empty() ? "" : ",") + std::string(wf::name_of(isa->isa));
     every_width(*isa);
+    many_tokens(*isa);
     largest_sums(*isa, 17, 33, 3);
     largest_sums(*isa, 17, 33'000, 10);
+    largest_sums(*isa, 17, 9'000, 40);
     largest_sums(*isa, 17, 140'000, 1);
     largest_sums(*isa, 1, 2'200'000, 1);
     not_finite(*isa);
