@@ -7,7 +7,7 @@ Weights are random, so that texts mean nothing and times mean what those of a re
 round by round, and a column "of limit" is the median over rounds of a ratio inside one round.
 
 * The limit of decoding is reading the weights once a token, by a loop that only reads; of two threads, by two at once.
-* The limit of a prompt is the integer dot product of the widest registers.
+* The limit of a prompt is the integer dot product of the widest registers. A processor with tiles (AMX) may pass it.
 * One thread is timed by its own clock, which stands while a neighbour has the processor. Two threads, llama.cpp, and what
   llama.cpp is compared with are timed by the wall's.
 * llama.cpp (xllamacpp, an AVX2 build) runs the same file: TQ2_0, but Q2_0 where rows are no multiple of 256. Its server also
@@ -43,6 +43,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 PROMPTS = {"2b4t": 128, "smollm2-135m": 512}
 BATCHES, CONTEXTS, SHORT = (1, 2, 4, 8, 16, 32), (64, 256, 512, 1000), 64
 DECODED, DOTS, READ_ROWS, READS = 8, 4_000_000, 1 << 16, 8
+FORCED = {"avx512": "AVX-512", "avx2": "AVX2"}
 PEER_PROMPT, PEER_GOPS = 446, 428e9
 """Tokens a second of the best other engine on SmolLM2's prompt of 512, and the integer peak of the run that measured it."""
 
@@ -166,10 +167,11 @@ class Ours:
             self._engine.step({slot: [token]})
 
     def batch(self, size: int) -> None:
-        """Decode a token each of so many sequences."""
+        """Decode tokens of so many sequences, each at a context that grows from `SHORT` on."""
         for slot in range(1, size + 1):
             self._engine.truncate(slot, SHORT)
-        self._engine.step({slot: [slot] for slot in range(1, size + 1)})
+        for token in range(DECODED):
+            self._engine.step({slot: [token] for slot in range(1, size + 1)})
 
 
 def measure(name: str, file: Path, threads: int, options: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -179,9 +181,9 @@ def measure(name: str, file: Path, threads: int, options: Any) -> tuple[list[dic
     bitnet_kernels.set_threads(threads)
     best = bitnet_kernels.isa()
     engines = {best: Ours(file, best, length)}
-    if not options.quick and "avx2" in bitnet_kernels.available_isas() and best != "avx2":
-        engines["avx2"] = Ours(file, "avx2", length)
-        bitnet_kernels.use_isa(best)
+    forced = {} if options.quick else {isa: FORCED[isa] for isa in FORCED if isa != best and isa in bitnet_kernels.available_isas()}
+    engines |= {isa: Ours(file, isa, length) for isa in forced}
+    bitnet_kernels.use_isa(best)
     ours = engines[best]
     peer = None if options.quick else Peer(file, threads)
     # 64 MiB for each thread: what one thread has read, the cache that they share would give to the others.
@@ -207,8 +209,8 @@ def measure(name: str, file: Path, threads: int, options: Any) -> tuple[list[dic
     }
     if peer is not None:
         contenders["llama.cpp"] = lambda: said.append(peer.seconds(ours.tokens[:length], DECODED))
-    if "avx2" in engines:
-        contenders |= {"prompt avx2": engines["avx2"].prompt, "decode avx2": engines["avx2"].decode}
+    for isa in forced:
+        contenders |= {f"prompt {isa}": engines[isa].prompt, f"decode {isa}": engines[isa].decode}
     sizes = (1, 16) if options.quick or wall else BATCHES
     contenders |= {f"batch {size}": lambda size=size: ours.batch(size) for size in sizes}
     if not options.quick and not wall:
@@ -240,12 +242,13 @@ def measure(name: str, file: Path, threads: int, options: Any) -> tuple[list[dic
     row(f"prompt of {length}", length / median(seconds["prompt"]), "tokens/s", shares["prompt"], beside["prompt"])
     row(f"time to first token, prompt of {length}", median(seconds["prompt"]), "s")
     row("decode", 1 / median(one), "tokens/s", shares["decode"], beside["decode"])
-    if "avx2" in engines:
-        row(f"AVX2 forced, prompt of {length}", length / median(seconds["prompt avx2"]), "tokens/s")
-        taken = [value / DECODED for value in seconds["decode avx2"]]
-        row("AVX2 forced, decode", 1 / median(taken), "tokens/s", median_ratio(read, taken))
+    for isa, label in forced.items():
+        taken = seconds[f"prompt {isa}"]
+        row(f"{label} forced, prompt of {length}", length / median(taken), "tokens/s", median_ratio(peak, taken))
+        taken = [value / DECODED for value in seconds[f"decode {isa}"]]
+        row(f"{label} forced, decode", 1 / median(taken), "tokens/s", median_ratio(read, taken))
     for size in sizes:
-        row(f"decode, batch of {size}", size / median(seconds[f"batch {size}"]), "tokens/s")
+        row(f"decode, batch of {size}", size * DECODED / median(seconds[f"batch {size}"]), "tokens/s")
     gain = 16 * median_ratio(seconds["batch 1"], seconds["batch 16"])
     row("batch of 16 over batch of 1", gain, "times")
     for context in () if options.quick or wall else CONTEXTS:

@@ -3,10 +3,11 @@
 uv run python benchmarks/gemm.py --json gemm.json
 uv run python benchmarks/gemm.py --rounds 5 --tokens 8 128 --megabytes 64      # a quick look
 
-The peak is what `vpdpbusd` of the widest registers reaches in chains that do not wait for each other, measured in the same rounds;
-"share" is a contender's operations a second as a part of it, the median over rounds. Every call takes the next matrix of a set that
-no cache holds. Kernels get quantised activations; ggml's products are nodes of a graph on one thread, and its build on PyPI knows
-AVX2 only. On a processor with tiles (AMX) their peak, and kernels that use them, are shares above 1 of the same. The thread is timed by its own clock, which stands while a neighbour has the processor.
+The peak is what `vpdpbusd` of the widest registers reaches in chains that do not wait for each other, measured in the same
+rounds; "share" is a contender's operations a second as a part of it, the median over rounds. On a processor with tiles (AMX)
+their peak, and kernels that use them, are shares above 1 of the same. Every call takes the next matrix of a set that no cache
+holds. Kernels get quantised activations; ggml's products are nodes of a graph on one thread, and its build on PyPI knows AVX2
+only. The thread is timed by its own clock, which stands while a neighbour has the processor.
 
 Bar: 80% of the peak with 128 tokens and one thread.
 """

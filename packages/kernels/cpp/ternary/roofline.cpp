@@ -9,30 +9,34 @@
 namespace wf {
 namespace {
 
-constexpr int64_t kLine = 64, kStep = 256;
+constexpr int64_t kStreams = 8, kStep = 128;  // fewer streams read slower: 2 by 5 to 10% on a Xeon
 
 #ifdef WF_X86
 
-[[gnu::target("avx512f")]] uint64_t read512(const uint8_t* memory, int64_t half) {
-  __m512i sum[8] = {};
-  for (int64_t i = 0; i + kStep <= half; i += kStep) {
+[[gnu::target("avx512f")]] uint64_t read512(const uint8_t* memory, int64_t part) {
+  __m512i sum[kStreams] = {};
+  for (int64_t i = 0; i < part; i += kStep) {
 #pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) sum[j] = _mm512_or_si512(sum[j], _mm512_load_si512(memory + j / 4 * half + i + j % 4 * kLine));
+    for (int j = 0; j < kStreams; ++j) {
+      const uint8_t* at = memory + j * part + i;
+      sum[j] = _mm512_or_si512(sum[j], _mm512_or_si512(_mm512_load_si512(at), _mm512_load_si512(at + 64)));
+    }
   }
-  for (int j = 1; j < 8; ++j) sum[0] = _mm512_or_si512(sum[0], sum[j]);
+  for (int j = 1; j < kStreams; ++j) sum[0] = _mm512_or_si512(sum[0], sum[j]);
   return static_cast<uint64_t>(_mm_cvtsi128_si64(_mm512_castsi512_si128(sum[0])));
 }
 
-[[gnu::target("avx2")]] uint64_t read256(const uint8_t* memory, int64_t half) {
-  __m256i sum[8] = {};
-  for (int64_t i = 0; i + kStep <= half; i += kStep) {
-#pragma GCC unroll 16
-    for (int j = 0; j < 16; ++j) {
-      const auto* at = reinterpret_cast<const __m256i*>(memory + j / 8 * half + i + j % 8 * 32);
-      sum[j % 8] = _mm256_or_si256(sum[j % 8], _mm256_load_si256(at));
+[[gnu::target("avx2")]] uint64_t read256(const uint8_t* memory, int64_t part) {
+  __m256i sum[kStreams] = {};
+  for (int64_t i = 0; i < part; i += kStep) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kStreams; ++j) {
+      const auto* at = reinterpret_cast<const __m256i*>(memory + j * part + i);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) sum[j] = _mm256_or_si256(sum[j], _mm256_load_si256(at + k));
     }
   }
-  for (int j = 1; j < 8; ++j) sum[0] = _mm256_or_si256(sum[0], sum[j]);
+  for (int j = 1; j < kStreams; ++j) sum[0] = _mm256_or_si256(sum[0], sum[j]);
   return static_cast<uint64_t>(_mm_cvtsi128_si64(_mm256_castsi256_si128(sum[0])));
 }
 
@@ -83,9 +87,9 @@ uint64_t read_words(const uint8_t* memory, int64_t bytes) {
 
 uint64_t roofline_read(const uint8_t* memory, int64_t bytes) {
 #ifdef WF_X86
-  const int64_t half = bytes / (2 * kStep) * kStep, rest = bytes - 2 * half;
-  if (available(Isa::avx512)) return read512(memory, half) | read_words(memory + 2 * half, rest);
-  if (available(Isa::avx2)) return read256(memory, half) | read_words(memory + 2 * half, rest);
+  const int64_t part = bytes / (kStreams * kStep) * kStep, rest = bytes - kStreams * part;
+  if (available(Isa::avx512)) return read512(memory, part) | read_words(memory + kStreams * part, rest);
+  if (available(Isa::avx2)) return read256(memory, part) | read_words(memory + kStreams * part, rest);
 #endif
   return read_words(memory, bytes);
 }

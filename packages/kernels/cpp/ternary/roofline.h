@@ -5,7 +5,7 @@
 
 namespace wf {
 
-// Reads memory aligned to 64 bytes once, in two streams, with the widest registers. `bytes`: a multiple of 64. The value is of no use.
+// Reads memory aligned to 64 bytes once, in eight streams, with the widest registers. `bytes`: a multiple of 64. The value is of no use.
 uint64_t roofline_read(const uint8_t* memory, int64_t bytes);
 
 // Runs at least `count` of the widest integer dot-product instructions that do not wait for each other.
