@@ -1,13 +1,17 @@
 #include "runtime/numbers.h"
 
+#include <atomic>
 #include <bit>
 #include <cstring>
 #include <vector>
 
 #include "ternary/half.h"
+#include "ternary/parallel.h"
 
 namespace wf {
 namespace {
+
+constexpr int64_t kPiece = 1 << 20;  // bytes that a thread looks through before it asks for more
 
 template <typename T>
 T load(const uint8_t* bytes) {
@@ -151,9 +155,13 @@ bool all_finite(const Tensor& tensor) {
   const auto size = static_cast<int64_t>(tensor.data.size());
   // Numbers of two bytes, `step` apart, whose exponent has all bits of `mask` set.
   const auto none = [=](int64_t first, int64_t step, uint16_t mask) {
-    bool found = false;
-    for (int64_t at = first; at < size; at += step) found |= (load<uint16_t>(data + at) & mask) == mask;
-    return !found;
+    std::atomic<bool> found{false};
+    in_pieces(size / step, kPiece / step, [&](int64_t begin, int64_t end) {
+      bool here = false;
+      for (int64_t i = begin; i < end; ++i) here |= (load<uint16_t>(data + first + i * step) & mask) == mask;
+      if (here) found.store(true);
+    });
+    return !found.load();
   };
   constexpr uint16_t kHalf = 0x7c00, kBrain = 0x7f80;  // the latter also of a float's upper half
   switch (tensor.type) {

@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include <optional>
 #include <vector>
 
 #include "runtime/numbers.h"
@@ -29,57 +28,37 @@ void pack_row(const uint8_t* codes, int64_t blocks, uint8_t* first_block, int64_
   }
 }
 
-// A matrix while its rows are read: the scale of every group of 128 columns, and whether the group has a code other than zero.
+// The scale of every group of 128 columns of a matrix, and whether the group has a code other than zero.
 struct Scales {
-  int64_t rows, groups;
+  int64_t rows = 0, groups = 0;
   std::vector<float> of;
   std::vector<uint8_t> live;
 
-  Scales(int64_t rows_, int64_t groups_)
-      : rows(rows_), groups(groups_), of(static_cast<size_t>(rows_ * groups_)), live(static_cast<size_t>(rows_ * groups_)) {}
+  Scales() = default;
+  Scales(int64_t rows_, int64_t groups_, float all = 0.0F, bool all_live = false)
+      : rows(rows_), groups(groups_), of(static_cast<size_t>(rows_ * groups_), all), live(of.size(), all_live ? 1 : 0) {}
 
   float& at(int64_t row, int64_t group) { return of[static_cast<size_t>(row * groups + group)]; }
   uint8_t& live_at(int64_t row, int64_t group) { return live[static_cast<size_t>(row * groups + group)]; }
 };
 
-// Of the types with a scale a block: I2_S has one for the tensor (only_scale).
-const char* read_ternary(const Tensor& tensor, int64_t row, uint8_t* codes, float* block_scales, Scales& scales) {
-  const int64_t columns = tensor.columns();
-  ternary_row(tensor, row, codes, block_scales);
-  if (*std::max_element(codes, codes + columns) > 2) return "holds a code outside -1, 0 and 1";
-  const int64_t block = size_of(tensor.type)->block, step = std::min(block, kGroup);
-  for (int64_t first = 0; first < columns; first += step) {
-    const int64_t end = std::min(first + step, columns), group = first / kGroup;
-    const bool live = std::any_of(codes + first, codes + end, [](uint8_t code) { return code != 1; });
-    const float scale = block_scales[first / block];
-    if (!scales.live_at(row, group)) {
-      if (live || first % kGroup == 0) scales.at(row, group) = scale;
-      scales.live_at(row, group) = live;
-    } else if (live && scales.at(row, group) != scale) {
-      return "has scales that differ among 128 neighbours, which no layer here has";
-    }
-  }
-  return nullptr;
-}
+// The scales, float16, of a ternary type's blocks: of all types but I2_S, whose tensors have one, float32.
+class BlockScales {
+ public:
+  explicit BlockScales(const Tensor& tensor)
+      : bytes_(size_of(tensor.type)->bytes),
+        first_(reinterpret_cast<const uint8_t*>(tensor.data.data()) + (tensor.type == Type::q2_0 ? 0 : bytes_ - 2)) {}
 
-// The scale of a ternary type's blocks, if they all have the same one.
-std::optional<float> only_scale(const Tensor& tensor) {
-  const auto* data = reinterpret_cast<const uint8_t*>(tensor.data.data());
-  const TypeSize& size = *size_of(tensor.type);
-  if (tensor.type == Type::i2_s) {
-    float scale;
-    std::memcpy(&scale, data + tensor.data.size() - kI2sTail, sizeof scale);
-    return scale;
+  uint16_t operator[](int64_t block) const {
+    uint16_t bits;
+    std::memcpy(&bits, first_ + block * bytes_, sizeof bits);
+    return bits;
   }
-  const int64_t place = tensor.type == Type::q2_0 ? 0 : size.bytes - 2, blocks = tensor.elements() / size.block;
-  uint16_t first, other;
-  std::memcpy(&first, data + place, sizeof first);
-  for (int64_t block = 1; block < blocks; ++block) {
-    std::memcpy(&other, data + block * size.bytes + place, sizeof other);
-    if (other != first) return std::nullopt;
-  }
-  return half_to_float(first);
-}
+
+ private:
+  int64_t bytes_;
+  const uint8_t* first_;
+};
 
 Format format_of(Type type) {
   switch (type) {
@@ -154,58 +133,74 @@ const char* apply(const Tensor& extra, Scales& scales) {
   return nullptr;
 }
 
-// Chooses the coarsest granularity that says the same, and writes its scales. What scale a group of zeros has says nothing.
-void coarsen(Scales& scales, OwnedMatrix& out) {
-  bool by_row = true, by_tensor = true;
-  float one = kNoScale;
-  bool any = false;
-  std::vector<float> firsts(static_cast<size_t>(scales.rows), kNoScale);
-  for (int64_t row = 0; row < scales.rows; ++row) {
-    bool found = false;
-    float& first = firsts[static_cast<size_t>(row)];
-    for (int64_t group = 0; group < scales.groups; ++group) {
-      if (!scales.live_at(row, group)) continue;
-      const float scale = scales.at(row, group);
-      if (!found) first = scale;
-      if (!any) one = scale;
-      found = any = true;
-      by_row = by_row && scale == first;
-      by_tensor = by_tensor && scale == one;
-    }
-  }
+constexpr int64_t kPiece = 1 << 18;  // weights that a thread packs before it asks for more
+
+// Panels whose rows together have kPiece weights.
+int64_t panels_of_piece(const TernaryMatrix& view) { return std::max<int64_t>(1, kPiece / (kPanelRows * view.columns)); }
+
+// Chooses the coarsest granularity that says the same, and writes its scales. What scale a group of zeros has says nothing. Returns
+// whether all are finite.
+bool coarsen(Scales& scales, OwnedMatrix& out) {
   TernaryMatrix& view = out.view;
+  std::vector<float> firsts(static_cast<size_t>(scales.rows), kNoScale);  // that is not of zeros, of each row
+  std::vector<uint8_t> live(firsts.size());
+  std::atomic<bool> finite{true}, by_row{true};
+  in_pieces(scales.rows, panels_of_piece(view) * kPanelRows, [&](int64_t begin, int64_t end) {
+    bool all = true, same = true;
+    for (int64_t row = begin; row < end; ++row) {
+      float& first = firsts[static_cast<size_t>(row)];
+      bool found = false;
+      for (int64_t group = 0; group < scales.groups; ++group) {
+        const float scale = scales.at(row, group);
+        all &= std::isfinite(scale);
+        if (!scales.live_at(row, group)) continue;
+        if (!found) first = scale;
+        found = true;
+        same &= scale == first;
+      }
+      live[static_cast<size_t>(row)] = found;
+    }
+    if (!all) finite.store(false);
+    if (!same) by_row.store(false);
+  });
+  if (!finite.load()) return false;
+  float one = kNoScale;
+  bool by_tensor = by_row.load(), any = false;
+  for (size_t row = 0; row < firsts.size(); ++row) {
+    if (!live[row]) continue;
+    if (!any) one = firsts[row];
+    any = true;
+    by_tensor = by_tensor && firsts[row] == one;
+  }
   if (by_tensor) {
     view.granularity = Granularity::tensor;
     out.scales = allocate<float>(1);
     out.scales[0] = one;
-  } else if (by_row) {
+  } else if (by_row.load()) {
     view.granularity = Granularity::row;
     out.scales = allocate<float>(scales.rows);
     std::copy(firsts.begin(), firsts.end(), out.scales.get());
   } else {
     view.granularity = Granularity::group;
-    const int64_t count = view.panels() * scales.groups * kPanelRows;
-    out.scales = allocate<float>(count);
-    std::fill_n(out.scales.get(), count, 0.0F);
-    for (int64_t row = 0; row < scales.rows; ++row) {
-      for (int64_t group = 0; group < scales.groups; ++group) {
-        if (!scales.live_at(row, group)) continue;
-        out.scales[(row / kPanelRows * scales.groups + group) * kPanelRows + row % kPanelRows] = scales.at(row, group);
+    out.scales = allocate<float>(view.panels() * scales.groups * kPanelRows);
+    in_pieces(view.panels(), panels_of_piece(view), [&](int64_t begin, int64_t end) {
+      float* to = out.scales.get() + begin * scales.groups * kPanelRows;
+      for (int64_t panel = begin; panel < end; ++panel) {
+        for (int64_t group = 0; group < scales.groups; ++group) {
+          for (int64_t row = panel * kPanelRows; row < (panel + 1) * kPanelRows; ++row) {
+            *to++ = row < scales.rows && scales.live_at(row, group) ? scales.at(row, group) : 0.0F;
+          }
+        }
       }
-    }
+    });
   }
   view.scales = out.scales.get();
+  return true;
 }
 
-constexpr int64_t kPiece = 1 << 20;  // weights that a thread packs before it asks for more
-
-// Panels whose rows together have kPiece weights.
-int64_t panels_of_piece(const TernaryMatrix& view) { return std::max<int64_t>(1, kPiece / (kPanelRows * view.columns)); }
-
-// Reads and packs row by row, comparing scales; returns what is wrong.
-const char* repack_rows(const Tensor& tensor, const TernaryMatrix& view, uint8_t* out, Scales& scales) {
+// Reads and packs the rows of a float type; returns what is wrong.
+const char* pack_floats(const Tensor& tensor, const TernaryMatrix& view, uint8_t* out, Scales& scales) {
   const int64_t blocks = view.blocks();
-  const auto read = is_ternary(tensor.type) ? read_ternary : read_floats;
   std::atomic<const char*> wrong{nullptr};
   in_pieces(view.panels(), panels_of_piece(view), [&](int64_t begin, int64_t end) {
     std::vector<uint8_t> codes(static_cast<size_t>(blocks * kBlockColumns), 1);
@@ -213,7 +208,7 @@ const char* repack_rows(const Tensor& tensor, const TernaryMatrix& view, uint8_t
     for (int64_t row = begin * kPanelRows; row < end * kPanelRows && wrong.load(std::memory_order_relaxed) == nullptr; ++row) {
       if (row >= view.rows) {  // those that fill up the last panel
         std::fill(codes.begin(), codes.end(), uint8_t{1});
-      } else if (const char* why = read(tensor, row, codes.data(), floats.data(), scales)) {
+      } else if (const char* why = read_floats(tensor, row, codes.data(), floats.data(), scales)) {
         wrong.store(why);
       }
       pack_row(codes.data(), blocks, out + row / kPanelRows * blocks * kBlockBytes, row % kPanelRows);
@@ -222,17 +217,65 @@ const char* repack_rows(const Tensor& tensor, const TernaryMatrix& view, uint8_t
   return wrong.load();
 }
 
-// The same of a ternary type with one scale: nothing to compare, so that the packer that knows the type reads the codes.
-bool repack_codes(const Tensor& tensor, const TernaryMatrix& view, uint8_t* out) {
+enum class Codes { bad, of_one_scale, of_more };
+
+// Packs the codes of a ternary type, and tells whether its blocks have one scale.
+Codes pack_codes(const Tensor& tensor, const TernaryMatrix& view, uint8_t* out) {
   const auto* data = reinterpret_cast<const uint8_t*>(tensor.data.data());
   const Format format = format_of(tensor.type);
-  const int64_t row_bytes = format_bytes(format, 1, view.columns);
+  const int64_t row_bytes = format_bytes(format, 1, view.columns), row_blocks = view.columns / size_of(tensor.type)->block;
+  const BlockScales scales(tensor);
+  std::atomic<bool> good{true}, one{true};
+  in_pieces(view.panels(), panels_of_piece(view), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kPanelRows, last = std::min(end * kPanelRows, view.rows);
+    if (!pack_from(format, data + first * row_bytes, last - first, view.columns, out + begin * view.blocks() * kBlockBytes)) good.store(false);
+    if (tensor.type == Type::i2_s) return;
+    bool same = true;
+    for (int64_t block = first * row_blocks; block < last * row_blocks; ++block) same &= scales[block] == scales[0];
+    if (!same) one.store(false);
+  });
+  return !good.load() ? Codes::bad : one.load() ? Codes::of_one_scale : Codes::of_more;
+}
+
+// The scales of blocks that differ; whether a group is zero, the packed codes say. Returns what is wrong.
+const char* read_scales(const Tensor& tensor, const TernaryMatrix& view, Scales& scales) {
+  constexpr uint32_t kZeros = 0x55555555;
+  const int64_t block = size_of(tensor.type)->block, step = std::min(block, kGroup), row_blocks = view.columns / block;
+  const BlockScales of(tensor);
   std::atomic<bool> good{true};
   in_pieces(view.panels(), panels_of_piece(view), [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kPanelRows, rows = std::min(end * kPanelRows, view.rows) - first;
-    if (!pack_from(format, data + first * row_bytes, rows, view.columns, out + begin * view.blocks() * kBlockBytes)) good.store(false);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const uint8_t* codes = view.codes + panel * view.blocks() * kBlockBytes;
+      for (int64_t first = 0; first < view.columns; first += step) {
+        uint32_t others[kPanelRows] = {};
+        for (const uint8_t* last = codes + step / kBlockColumns * kBlockBytes; codes < last; codes += kBlockBytes) {
+          uint32_t words[kPanelRows];
+          std::memcpy(words, codes, sizeof words);
+          for (int64_t r = 0; r < kPanelRows; ++r) others[r] |= words[r] ^ kZeros;
+        }
+        const int64_t group = first / kGroup;
+        for (int64_t row = panel * kPanelRows; row < std::min((panel + 1) * kPanelRows, view.rows); ++row) {
+          const float scale = half_to_float(of[row * row_blocks + first / block]);
+          const bool live = others[row % kPanelRows] != 0;
+          if (!scales.live_at(row, group)) {
+            if (live || first % kGroup == 0) scales.at(row, group) = scale;
+            scales.live_at(row, group) = live;
+          } else if (live && scales.at(row, group) != scale) {
+            good.store(false);
+          }
+        }
+      }
+    }
   });
-  return good.load();
+  return good.load() ? nullptr : "has scales that differ among 128 neighbours, which no layer here has";
+}
+
+// The one scale of a ternary type.
+float only_scale(const Tensor& tensor) {
+  if (tensor.type != Type::i2_s) return half_to_float(BlockScales(tensor)[0]);
+  float scale;
+  std::memcpy(&scale, tensor.data.data() + tensor.data.size() - kI2sTail, sizeof scale);
+  return scale;
 }
 
 }  // namespace
@@ -246,21 +289,26 @@ Result<SharedMatrix> repack(const Gguf& file, const std::string& stem) {
   made->codes = allocate<uint8_t>(view.bytes());
   view.codes = made->codes.get();
 
-  Scales scales(view.rows, view.groups());
-  if (const auto scale = is_ternary(tensor.type) ? only_scale(tensor) : std::nullopt) {
-    if (!repack_codes(tensor, view, made->codes.get())) return fail("weight", "holds a code outside -1, 0 and 1");
-    std::fill(scales.of.begin(), scales.of.end(), *scale);
-    std::fill(scales.live.begin(), scales.live.end(), uint8_t{1});
-  } else if (const char* why = repack_rows(tensor, view, made->codes.get(), scales)) {
-    return fail("weight", why);
+  const Tensor* extra = file.tensor(stem + "scale");
+  Scales scales;
+  if (is_ternary(tensor.type)) {
+    const Codes codes = pack_codes(tensor, view, made->codes.get());
+    if (codes == Codes::bad) return fail("weight", "holds a code outside -1, 0 and 1");
+    if (codes == Codes::of_one_scale) {
+      const bool one = extra == nullptr || extra->elements() == 1;  // also of the result
+      scales = Scales(one ? 1 : view.rows, one ? 1 : view.groups(), only_scale(tensor), true);
+    } else {
+      scales = Scales(view.rows, view.groups());
+      if (const char* why = read_scales(tensor, view, scales)) return fail("weight", why);
+    }
+  } else {
+    scales = Scales(view.rows, view.groups());
+    if (const char* why = pack_floats(tensor, view, made->codes.get(), scales)) return fail("weight", why);
   }
-  if (const Tensor* extra = file.tensor(stem + "scale")) {
+  if (extra != nullptr) {
     if (const char* why = apply(*extra, scales)) return fail("scale", why);
   }
-  for (const float scale : scales.of) {
-    if (!std::isfinite(scale)) return fail("weight", "has scales that are no numbers");
-  }
-  coarsen(scales, *made);
+  if (!coarsen(scales, *made)) return fail("weight", "has scales that are no numbers");
   return SharedMatrix(std::move(made));
 }
 

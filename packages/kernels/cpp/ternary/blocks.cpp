@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "ternary/half.h"
+#include "ternary/words.h"
 
 namespace wf {
 namespace {
@@ -46,30 +47,29 @@ void pack_halves(const uint8_t* const (&rows)[16], int64_t at, uint8_t* out) {
   for (int r = 0; r < 16; ++r) std::memcpy(out + 2 * r, rows[r] + at, 2);
 }
 
-// The six bits of a Q6_K block's weights [16 * group, 16 * group + 16) of one row.
-Sixteen q6_k_codes(const uint8_t* block, int group) {
-  const int half = group / 8, part = group / 2 % 4, first = group % 2 * 16;  // of 128 columns, of 32 in these, and inside
-  Sixteen low, high;
-  std::memcpy(&low, block + 64 * half + part % 2 * 32 + first, 16);
-  std::memcpy(&high, block + 128 + 32 * half + first, 16);
-  return (low >> (part / 2 * 4) & 15) | (high >> (2 * part) & 3) << 4;
-}
-
 void pack_q6_k(const uint8_t* const (&rows)[16], uint8_t* block) {
-  constexpr uint32_t kNibbles = 0x0f0f0f0f, kPairs = 0x03030303;
+  constexpr uint32_t kLow = 0x0f0f0f0f, kHigh = 0xf0f0f0f0;
   pack_halves(rows, 208, block);
   pack_columns(rows, 192, block + 32);
-  for (int group = 0; group < 16; ++group) {
-    uint8_t* out = block + kQ6Groups + group * kQ6Group;
-    for (int r = 0; r < 16; ++r) {
-      uint32_t four[4];  // codes of four neighbours
-      const Sixteen codes = q6_k_codes(rows[r], group);
-      std::memcpy(four, &codes, 16);
-      const uint32_t low[2] = {(four[0] & kNibbles) | (four[2] & kNibbles) << 4, (four[1] & kNibbles) | (four[3] & kNibbles) << 4};
-      const uint32_t high = (four[0] >> 4 & kPairs) | (four[1] >> 2 & kPairs << 2) | (four[2] & kPairs << 4) | (four[3] << 2 & kPairs << 6);
-      std::memcpy(out + 4 * r, &low[0], 4);
-      std::memcpy(out + 64 + 4 * r, &low[1], 4);
-      std::memcpy(out + 128 + 4 * r, &high, 4);
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    const uint8_t* const four[4] = {rows[4 * quarter], rows[4 * quarter + 1], rows[4 * quarter + 2], rows[4 * quarter + 3]};
+    uint8_t* groups = block + kQ6Groups + 16 * quarter;
+    for (int part = 0; part < 4; ++part) {  // 64 columns: of 128 a half, and of each 32 of these a half
+      uint8_t* first = groups + (part / 2 * 8 + part % 2) * kQ6Group;  // every second one of eight
+      Words high[4];
+      load_words(four, 128 + 16 * part, high);
+      transpose_pairs(high);
+      for (int group = 0; group < 4; ++group) std::memcpy(first + 2 * group * kQ6Group + 128, &high[group], 16);
+      for (int side = 0; side < 2; ++side) {
+        Words low[4];
+        load_words(four, part / 2 * 64 + side * 32 + part % 2 * 16, low);
+        uint8_t *below = first + 2 * side * kQ6Group, *above = first + 2 * (side + 2) * kQ6Group;  // of the nibbles
+        for (int i = 0; i < 2; ++i) {
+          const Words lower = (low[i] & kLow) | (low[i + 2] << 4 & kHigh), upper = (low[i] >> 4 & kLow) | (low[i + 2] & kHigh);
+          std::memcpy(below + 64 * i, &lower, 16);
+          std::memcpy(above + 64 * i, &upper, 16);
+        }
+      }
     }
   }
 }

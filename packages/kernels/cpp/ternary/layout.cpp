@@ -1,4 +1,6 @@
-// A converter goes through the panels by chunks of 256 columns, which every format's block divides: a row's chunk becomes 256 bytes
+// GGUF's types become ours four rows at a time, the two bits of a weight moving inside registers: what opening a file waits for.
+//
+// Everything else goes through the panels by chunks of 256 columns, which every format's block divides: a row's chunk becomes 256 bytes
 // of codes 0..2, and these become 16 blocks' words of that row, or the other way round. All of it stays in the first-level cache.
 #include <algorithm>
 #include <array>
@@ -7,6 +9,7 @@
 
 #include "ternary/formats.h"
 #include "ternary/ternary.h"
+#include "ternary/words.h"
 
 namespace wf {
 namespace {
@@ -16,7 +19,7 @@ static_assert(std::endian::native == std::endian::little);
 constexpr int64_t kChunk = 256;
 constexpr uint8_t kZero = 1;  // the code of the weight 0
 
-// Codes of one row's columns [first, first + count), read from and written to a matrix in another format.
+// Codes of one row's columns [first, first + count), written to a matrix in another format, and of the first two read from it.
 // `count` is kChunk, or what is left at the row's end; `first` is a multiple of kChunk.
 template <Format>
 struct Rows;
@@ -57,17 +60,6 @@ template <int kBlock, int kBlockSize, int kOffset, int kBytes, bool kDescending>
 struct Planes {
   int64_t rows, columns;
 
-  void read(const uint8_t* data, int64_t row, int64_t first, int64_t count, uint8_t* codes) const {
-    data += row * (columns / kBlock * kBlockSize) + first / kBlock * kBlockSize;
-    for (int64_t done = 0; done < count; done += kBlock, data += kBlockSize) {
-      for (int part = 0; part < kBlock; part += 4 * kBytes) {
-        for (int plane = 0; plane < 4; ++plane) {
-          const int shift = kDescending ? 6 - 2 * plane : 2 * plane;
-          for (int j = 0; j < kBytes; ++j) codes[done + part + plane * kBytes + j] = data[kOffset + part / 4 + j] >> shift & 3;
-        }
-      }
-    }
-  }
   void write(const uint8_t* codes, int64_t row, int64_t first, int64_t count, uint8_t* data) const {
     data += row * (columns / kBlock * kBlockSize) + first / kBlock * kBlockSize;
     for (int64_t done = 0; done < count; done += kBlock, data += kBlockSize) {
@@ -93,16 +85,6 @@ template <>
 struct Rows<Format::q2_0> {
   int64_t rows, columns;
 
-  void read(const uint8_t* data, int64_t row, int64_t first, int64_t count, uint8_t* codes) const {
-    data += row * (columns / 64 * 18) + first / 64 * 18;
-    for (int64_t i = 0; i < count; i += 64, data += 18) {
-      for (int j = 0; j < 16; ++j) {
-        const uint32_t byte = data[2 + j];
-        const uint32_t four = (byte | byte << 6 | byte << 12 | byte << 18) & 0x03030303U;
-        std::memcpy(codes + i + 4 * j, &four, 4);
-      }
-    }
-  }
   void write(const uint8_t* codes, int64_t row, int64_t first, int64_t count, uint8_t* data) const {
     data += row * (columns / 64 * 18) + first / 64 * 18;
     for (int64_t i = 0; i < count; i += 64, data += 18) {
@@ -130,23 +112,6 @@ struct Rows<Format::tq1_0> {
     return fractions;
   }();
 
-  void read(const uint8_t* data, int64_t row, int64_t first, int64_t count, uint8_t* codes) const {
-    data += row * (columns / 256 * 54) + first / 256 * 54;
-    for (int64_t i = 0; i < count; i += 256, data += 2) {  // two bytes of scale
-      for (const auto [digits, bytes] : kParts) {
-        std::array<uint8_t, 32> rest;
-        std::memcpy(rest.data(), data, static_cast<size_t>(bytes));
-        for (int digit = 0; digit < digits; ++digit, codes += bytes) {
-          for (int j = 0; j < bytes; ++j) {
-            const int next = rest[j] * 3;
-            codes[j] = static_cast<uint8_t>(next >> 8);
-            rest[j] = static_cast<uint8_t>(next);
-          }
-        }
-        data += bytes;
-      }
-    }
-  }
   void write(const uint8_t* codes, int64_t row, int64_t first, int64_t count, uint8_t* data) const {
     data += row * (columns / 256 * 54) + first / 256 * 54;
     for (int64_t i = 0; i < count; i += 256, data += 2) {
@@ -162,6 +127,131 @@ struct Rows<Format::tq1_0> {
   }
 };
 
+// A bit for every code of 3, which no weight has.
+Words not_ternary(Words words) { return words & words >> 1 & 0x55555555U; }
+
+// A block of a GGUF type: how many columns and bytes it has, a byte that stands for zeros, and `pack`, by which the blocks of four rows
+// become words in blocks of ours. It returns bits where a code is not ternary.
+template <Format>
+struct Block;
+
+// Byte j of 32 holds the columns j, j + 32, j + 64, j + 96, and in ours byte j of a word j, j + 4, j + 8, j + 12.
+template <int kHalves, bool kDescending>
+Words pack_planes(const uint8_t* const (&rows)[4], uint8_t* out) {
+  Words bad{};
+  for (int part = 0; part < 2 * kHalves; ++part) {
+    Words words[4];
+    load_words(rows, 16 * part, words);
+    for (const Words& four : words) bad |= not_ternary(four);
+    transpose_pairs(words);
+    for (int pair = 0; pair < 4; ++pair) {
+      const int plane = kDescending ? 3 - pair : pair, block = part / 2 * 8 + plane * 2 + part % 2;
+      std::memcpy(out + block * kBlockBytes, &words[pair], sizeof words[pair]);
+    }
+  }
+  return bad;
+}
+
+template <>
+struct Block<Format::i2_s> {
+  static constexpr int64_t kColumns = 128, kBytes = 32;
+  static constexpr uint8_t kZeros = 0x55;
+
+  static Words pack(const uint8_t* const (&rows)[4], uint8_t* out) { return pack_planes<1, true>(rows, out); }
+};
+
+template <>
+struct Block<Format::tq2_0> {
+  static constexpr int64_t kColumns = 256, kBytes = 66;
+  static constexpr uint8_t kZeros = 0x55;
+
+  static Words pack(const uint8_t* const (&rows)[4], uint8_t* out) { return pack_planes<2, false>(rows, out); }
+};
+
+// Neighbours share a byte: pair k of a word's byte q becomes pair q of its byte k.
+template <>
+struct Block<Format::q2_0> {
+  static constexpr int64_t kColumns = 64, kBytes = 18;
+  static constexpr uint8_t kZeros = 0x55;
+
+  static Words pack(const uint8_t* const (&rows)[4], uint8_t* out) {
+    Words words[4], bad{};
+    load_words(rows, 2, words);
+    for (int block = 0; block < 4; ++block) {
+      Words& four = words[block];
+      bad |= not_ternary(four);
+      Words other = (four ^ four >> 6) & 0x00cc00ccU;
+      four ^= other ^ other << 6;
+      other = (four ^ four >> 12) & 0x0000f0f0U;
+      four ^= other ^ other << 12;
+      std::memcpy(out + block * kBlockBytes, &four, sizeof four);
+    }
+    return bad;
+  }
+};
+
+// Bytes of five base-3 digits, 32 and then 16 of them, and four bytes of four digits.
+template <>
+struct Block<Format::tq1_0> {
+  static constexpr int64_t kColumns = 256, kBytes = 54;
+  static constexpr uint8_t kZeros = 128;  // half of 256: ones for ever
+
+  // Takes the first digit off every byte and puts it below the codes that are there. Of 256 the second third begins at 86, the last at 171.
+  static void next_digit(Words& bytes, Words& codes) {
+    const auto rest = std::bit_cast<Bytes>(bytes), above = std::bit_cast<Bytes>(codes << 2);
+    const Bytes one = Bytes{} + uint8_t{86}, two = Bytes{} + uint8_t{171};
+    codes = std::bit_cast<Words>(above - std::bit_cast<Bytes>(rest >= one) - std::bit_cast<Bytes>(rest >= two));
+    bytes = std::bit_cast<Words>(rest + rest + rest);
+  }
+
+  static Words pack(const uint8_t* const (&rows)[4], uint8_t* out) {
+    for (int part = 0; part < 3; ++part) {
+      Words words[4];
+      load_words(rows, 16 * part, words);
+      for (int digit = 0; digit < 5; ++digit) {
+        Words codes{};
+        for (int q = 3; q >= 0; --q) next_digit(words[q], codes);
+        std::memcpy(out + (part < 2 ? 2 * digit + part : 10 + digit) * kBlockBytes, &codes, sizeof codes);
+      }
+    }
+    Words last, codes{};
+    for (int r = 0; r < 4; ++r) {
+      uint32_t four;
+      std::memcpy(&four, rows[r] + 48, sizeof four);
+      last[r] = four;
+    }
+    for (int digit = 0; digit < 4; ++digit) {
+      Words code{};
+      next_digit(last, code);
+      codes |= code << 2 * digit;
+    }
+    std::memcpy(out + 15 * kBlockBytes, &codes, sizeof codes);
+    return Words{};  // all bytes are digits
+  }
+};
+
+template <Format kFormat>
+bool pack_gguf(const uint8_t* data, int64_t rows, int64_t columns, uint8_t* out) {
+  using Of = Block<kFormat>;
+  constexpr int64_t kOurs = Of::kColumns / kBlockColumns * kBlockBytes;  // bytes of our blocks that one becomes, of a whole panel
+  const int64_t blocks = columns / Of::kColumns, row_bytes = blocks * Of::kBytes;
+  uint8_t zeros[Of::kBytes];  // a row beyond the last
+  std::memset(zeros, Of::kZeros, sizeof zeros);
+  Words bad{};
+  for (int64_t row = 0; row < rows; row += kPanelRows, out += blocks * kOurs) {
+    for (int64_t quarter = 0; quarter < 4; ++quarter) {
+      const int64_t first = row + 4 * quarter;
+      for (int64_t block = 0; block < blocks; ++block) {
+        const uint8_t* four[4];
+        for (int64_t r = 0; r < 4; ++r) four[r] = first + r < rows ? data + (first + r) * row_bytes + block * Of::kBytes : zeros;
+        bad |= Of::pack(four, out + block * kOurs + quarter * sizeof(Words));
+      }
+    }
+  }
+  return (bad[0] | bad[1] | bad[2] | bad[3]) == 0;
+}
+
+// Of the other layouts.
 template <Format kFormat>
 bool pack_rows(const uint8_t* data, int64_t rows, int64_t columns, uint8_t* out) {
   const Rows<kFormat> source{rows, columns};
@@ -250,7 +340,13 @@ int64_t format_bytes(Format format, int64_t rows, int64_t columns) {
 }
 
 bool pack_from(Format format, const uint8_t* data, int64_t rows, int64_t columns, uint8_t* out) {
-  return dispatch(format, [&]<Format kFormat>() { return pack_rows<kFormat>(data, rows, columns, out); });
+  return dispatch(format, [&]<Format kFormat>() {
+    if constexpr (kFormat == Format::codes || kFormat == Format::hf) {
+      return pack_rows<kFormat>(data, rows, columns, out);
+    } else {
+      return pack_gguf<kFormat>(data, rows, columns, out);
+    }
+  });
 }
 
 void unpack_to(Format format, const uint8_t* codes, int64_t rows, int64_t columns, uint8_t* out) {
