@@ -169,6 +169,43 @@ def test_a_low_rank_correction_is_added(tmp_path):
     assert (after - before).abs().max() > 0.1 * before.abs().max()
 
 
+@pytest.fixture(scope="module")
+def corrected(tmp_path_factory):
+    """Return a file whose layers have a low-rank correction that says something."""
+    model = start_lrc(form(random_model(MAKERS["llama"]), "subln"), 5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lrc_u"):
+                parameter.normal_(std=0.3)
+    return write(model, tmp_path_factory.mktemp("corrected"))
+
+
+@pytest.mark.parametrize("isa", bitnet_kernels.available_isas())
+def test_a_low_rank_correction_depends_on_no_batch_or_cut_and_not_on_how_it_is_stored(isa, corrected, tmp_path):
+    bitnet_kernels.use_isa(isa)
+    text, other = TEXTS[0].tolist(), TEXTS[1].tolist()
+    engine = Engine(corrected, slots=3)
+    whole = engine.logits(text)
+    engine.truncate(0, 0)
+    pieces = [engine.step({0: text[i : i + 5], 1: other[i : i + 5]}, rows="all") for i in range(0, len(text), 5)]
+    assert np.array_equal(np.concatenate([piece[: len(piece) // 2] for piece in pieces]), whole)
+    file = read_gguf(corrected)
+    names = [name for name in file.tensors if name.endswith(("lrc_u", "lrc_v"))]
+    assert {file.tensors[name].ggml_id for name in names} == {1}
+    wide = rewrite(corrected, tmp_path / "wide.gguf", drop=names, add=[(name, file.dequantize(name)) for name in names])
+    assert read_gguf(wide).tensors[names[0]].ggml_id == 0
+    assert np.array_equal(Engine(wide).logits(text), whole)
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_q.lrc_u", "blk.1.ffn_down.lrc_v"])
+def test_a_low_rank_correction_that_is_no_number_is_refused_by_name(name, corrected, tmp_path):
+    data, info = bytearray(corrected.read_bytes()), read_gguf(corrected).tensors[name]
+    data[info.offset + info.nbytes - 2 : info.offset + info.nbytes] = np.float16("inf").tobytes()
+    (tmp_path / "inf.gguf").write_bytes(data)
+    with pytest.raises(ValueError, match=f"its tensor {name} holds values that are no numbers"):
+        Engine(tmp_path / "inf.gguf")
+
+
 @pytest.mark.parametrize("kind", ["f16", "bf16", "tq1_0", "tq2_0", "q2_0", "i2_s"])
 @pytest.mark.parametrize("granularity", ["tensor", "row", "group128"])
 def test_every_type_of_matrix_with_every_scale(kind, granularity, tmp_path):
@@ -177,12 +214,12 @@ def test_every_type_of_matrix_with_every_scale(kind, granularity, tmp_path):
     assert_equal_up_to_edges(engine_logits(path), reference(path))
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "row"])  # the two ways to repack
-def test_matrices_of_several_pieces_are_repacked_alike_by_any_number_of_threads(granularity, tmp_path):
+@pytest.mark.parametrize(("granularity", "kind"), [("tensor", "tq2_0"), ("row", "tq2_0"), ("row", "f16")])  # the ways to repack
+def test_matrices_of_several_pieces_are_repacked_alike_by_any_number_of_threads(granularity, kind, tmp_path):
     """More than 2^20 weights of a matrix and 4 MiB of a head, of which threads pack pieces (repack.cpp, blocks_product.cpp)."""
     model = tiny_llama(ffn=79 * 256, layers=1, vocab=20_001, tied=False)
     config = ConversionConfig(norm="none", granularity=granularity)
-    path = write(convert_model(model, config), tmp_path, "tq2_0", embedding="q8_0")
+    path = write(convert_model(model, config), tmp_path, kind, embedding="q8_0")
     assert path.stat().st_size > 2 * 20_001 * 272 + 3 * 79 * 256 * 66
     texts, found = TEXTS[:3], {}
     for threads in (1, 3):

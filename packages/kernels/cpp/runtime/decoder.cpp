@@ -22,7 +22,7 @@ struct Decoder::Row {
 
 // Memory of a chunk of rows. Every buffer is [rows, ...].
 struct Decoder::Scratch {
-  std::vector<float> x, normed, query, key, value, attended, gate, up, projected, prepared, adapted, turns;
+  std::vector<float> x, normed, query, key, value, attended, gate, up, projected, prepared, turns;
 
   Scratch(const Model& m, int64_t rows) {
     const int64_t inner = m.heads * m.head_width, kv = m.kv_heads * m.head_width, widest = std::max({m.width, inner, m.ffn});
@@ -262,16 +262,10 @@ std::optional<Error> Decoder::apply(const std::vector<const Linear*>& layers, co
   }
   for (size_t i = 0; i < layers.size(); ++i) {
     const Linear& layer = *layers[i];
-    s.adapted.resize(static_cast<size_t>(layer.rank));
-    for (int64_t token = 0; token < tokens; ++token) {
-      float* out = y[i] + token * layer.rows();
-      if (!layer.bias.empty()) floats_.accumulate(out, layer.bias.data(), layer.rows());
-      if (layer.rank == 0) continue;
-      for (int64_t r = 0; r < layer.rank; ++r) {
-        s.adapted[static_cast<size_t>(r)] = floats_.dot(x + token * columns, layer.v_transposed.data() + r * columns, columns);
-      }
-      for (int64_t row = 0; row < layer.rows(); ++row) out[row] += floats_.dot(s.adapted.data(), layer.u.data() + row * layer.rank, layer.rank);
+    for (int64_t token = 0; token < tokens && !layer.bias.empty(); ++token) {
+      floats_.accumulate(y[i] + token * layer.rows(), layer.bias.data(), layer.rows());
     }
+    if (layer.correction != nullptr) add_low_rank(kernels_, *layer.correction, x, tokens, y[i]);
   }
   return {};
 }

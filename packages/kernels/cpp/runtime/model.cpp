@@ -52,10 +52,15 @@ class Tensors {
     std::vector<float> values(static_cast<size_t>(tensor->elements()));
     for (int64_t row = 0; row < tensor->rows(); ++row) float_row(*tensor, row, values.data() + row * tensor->columns());
     if (!std::all_of(values.begin(), values.end(), [](float value) { return std::isfinite(value); })) {
-      keys_.fail("its tensor " + name + " holds values that are no numbers");
+      fail_finite(name);
       return {};
     }
     return values;
+  }
+
+  // Of a float tensor that is there, and is not turned into float32 as a whole.
+  void check_finite(const std::string& name) {
+    if (!keys_.error() && !all_finite(*file_.tensor(name))) fail_finite(name);
   }
 
   SharedMatrix matrix(const std::string& stem, int64_t rows, int64_t columns) {
@@ -79,6 +84,8 @@ class Tensors {
   }
 
  private:
+  void fail_finite(const std::string& name) { keys_.fail("its tensor " + name + " holds values that are no numbers"); }
+
   const Gguf& file_;
   Keys& keys_;
   std::set<std::string> taken_;
@@ -282,10 +289,7 @@ class Loader {
     if (keys_.error()) return;
     if (is_ternary(table->type) || is_ternary(head->type)) keys_.fail("its embeddings or its head are ternary, which the decoder does not run");
     for (const char* name : {"token_embd.weight", "output.weight"}) {
-      const Tensor* tensor = file_.tensor(name);
-      if (!keys_.error() && tensor != nullptr && !all_finite(*tensor)) {
-        keys_.fail(std::string("its tensor ") + name + " holds values that are no numbers");
-      }
+      if (tensors_.has(name)) tensors_.check_finite(name);
     }
     if (keys_.error()) return;
     model_.embedding = *table;
@@ -355,19 +359,22 @@ class Loader {
   }
 
   void read_correction(const std::string& stem, int64_t rows, int64_t columns, Linear& made) {
-    made.rank = rank_of(rows, columns);
-    if (made.rank > std::min(rows, columns)) {
+    const int64_t rank = rank_of(rows, columns);
+    if (rank > std::min(rows, columns)) {
       keys_.fail_key("lrc.rank", "is above what " + stem + "weight can have");
       return;
     }
-    made.u = tensors_.floats(stem + "lrc_u", {rows, made.rank});
-    const std::vector<float> v = tensors_.floats(stem + "lrc_v", {columns, made.rank});
+    const std::string names[] = {stem + "lrc_u", stem + "lrc_v"};
+    const Tensor *u = tensors_.take(names[0], {rows, rank}), *v = tensors_.take(names[1], {columns, rank});
     if (keys_.error()) return;
-    made.v_transposed.resize(v.size());
-    for (int64_t column = 0; column < columns; ++column) {
-      for (int64_t i = 0; i < made.rank; ++i) {
-        made.v_transposed[static_cast<size_t>(i * columns + column)] = v[static_cast<size_t>(column * made.rank + i)];
-      }
+    if (u->type == Type::f16 && v->type == Type::f16) {
+      for (const std::string& name : names) tensors_.check_finite(name);
+      if (keys_.error()) return;
+      made.correction = std::make_shared<LowRank>(AdapterType::f16, u->data.data(), v->data.data(), nullptr, nullptr, rows, columns, rank);
+    } else {
+      const std::vector<float> wide_u = tensors_.floats(names[0], {rows, rank}), wide_v = tensors_.floats(names[1], {columns, rank});
+      if (keys_.error()) return;
+      made.correction = std::make_shared<LowRank>(AdapterType::f32, wide_u.data(), wide_v.data(), nullptr, nullptr, rows, columns, rank);
     }
   }
 

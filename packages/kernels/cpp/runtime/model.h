@@ -8,6 +8,7 @@
 #include "runtime/gguf.h"
 #include "ternary/blocks_product.h"
 #include "ternary/floats.h"
+#include "ternary/low_rank.h"
 #include "ternary/product.h"
 
 namespace wf {
@@ -26,8 +27,7 @@ struct Linear {
   std::vector<float> bias;
   Norm norm;
   bool rotated = false;
-  int64_t rank = 0;
-  std::vector<float> u, v_transposed;  // [out, rank], [rank, in]
+  std::shared_ptr<const LowRank> correction;  // U and V; null: there is none
 
   int64_t rows() const { return matrix->view.rows; }
   int64_t columns() const { return matrix->view.columns; }

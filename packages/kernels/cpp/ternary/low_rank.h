@@ -1,21 +1,22 @@
 // A low-rank correction of a product: y += U (Vᵀ x), in float32 of the activations before they are quantised.
 //
-// U [rows, rank] and V [columns, rank] are float16, or int8 with a scale for each of their columns. Both are kept as panels of 16
-// outputs, so that a product never adds across lanes: V as panels of the rank with `columns` inputs, U as panels of rows with `rank`
+// U [rows, rank] and V [columns, rank] are float16, float32, or int8 with a scale for each of their columns. Both are kept as panels of
+// 16 outputs, so that a product never adds across lanes: V as panels of the rank with `columns` inputs, U as panels of rows with `rank`
 // inputs; panel, input, 16 outputs, padded with zeros.
 #pragma once
+
+#include <cstddef>
 
 #include "ternary/memory.h"
 #include "ternary/ternary.h"
 
 namespace wf {
 
-enum class AdapterType : int { f16, i8 };
+enum class AdapterType : int { f16, i8, f32 };
 
 struct LowRank {
-  Buffer<uint16_t> u16, v16;  // float16 bits, or
-  Buffer<int8_t> u8, v8;      // int8
-  Buffer<float> scales;       // [rank]: U's times V's; 1 for float16
+  Buffer<std::byte> u, v;  // panels of the type's numbers
+  Buffer<float> scales;    // [rank]: U's times V's; 1 but for int8
   AdapterType type;
   int64_t rows, columns, rank;
 

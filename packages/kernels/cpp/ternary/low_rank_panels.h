@@ -1,5 +1,8 @@
 // The loop of low_rank.h, for each file that compiles it with its own flags: registers of 16 floats, which compilers cut as they need.
 #include <cstring>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 #include "ternary/low_rank.h"
 
@@ -11,13 +14,26 @@ typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef int8_t Bytes __attribute__((vector_size(16)));
 
+[[gnu::always_inline]] inline void widen(const float* from, Floats& to) { std::memcpy(&to, from, sizeof to); }
+
+// With instructions for it, and without: both are exact, also for what is subnormal in float16.
 [[gnu::always_inline]] inline void widen(const uint16_t* from, Floats& to) {
+#ifdef __AVX512F__
+  const __m512 wide = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  std::memcpy(&to, &wide, sizeof to);
+#elif defined(__F16C__)
+  for (int half = 0; half < 2; ++half) {
+    const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8 * half)));
+    std::memcpy(reinterpret_cast<float*>(&to) + 8 * half, &wide, sizeof wide);
+  }
+#else
   Halves halves;
   std::memcpy(&halves, from, sizeof halves);
   const Bits bits = __builtin_convertvector(halves, Bits);
   const Bits moved = (bits & 0x8000U) << 16 | (bits & 0x7fffU) << 13;
   std::memcpy(&to, &moved, sizeof to);
-  to *= 0x1p112F;  // the exponents' difference: exact, also for what is subnormal in float16
+  to *= 0x1p112F;  // the exponents' difference
+#endif
 }
 
 [[gnu::always_inline]] inline void widen(const int8_t* from, Floats& to) {
@@ -55,6 +71,11 @@ void panel_products(const Value* panels, int64_t outputs, int64_t inputs, const 
       float* to = out + t * out_stride + first;
       if (!add) {
         std::memcpy(to, &sum, sizeof sum);
+      } else if (left == kPanelRows) {
+        Floats before;
+        std::memcpy(&before, to, sizeof before);
+        before += sum;
+        std::memcpy(to, &before, sizeof before);
       } else {
         for (int64_t i = 0; i < left; ++i) to[i] += sum[i];
       }
@@ -78,6 +99,8 @@ void either(AdapterType type, const void* panels, int64_t outputs, int64_t input
             float* out, int64_t out_stride, bool add) {
   if (type == AdapterType::f16) {
     all_tokens(static_cast<const uint16_t*>(panels), outputs, inputs, x, x_stride, tokens, out, out_stride, add);
+  } else if (type == AdapterType::f32) {
+    all_tokens(static_cast<const float*>(panels), outputs, inputs, x, x_stride, tokens, out, out_stride, add);
   } else {
     all_tokens(static_cast<const int8_t*>(panels), outputs, inputs, x, x_stride, tokens, out, out_stride, add);
   }

@@ -199,10 +199,17 @@ void formats() {
         if (!wf::pack_from(format, other.data(), rows, columns, back.codes.get())) fail("what was written is refused:" + where);
         if (std::memcmp(back.view.codes, w.view.codes, static_cast<size_t>(w.view.bytes())) != 0) fail("another matrix:" + where);
         if (format == wf::Format::tq1_0) continue;  // whose every byte is digits
-        // Not in a scale: q2_0 begins with one, the others' last bytes may be one.
-        const size_t at = format == wf::Format::q2_0 ? 2 : 0;
-        other[at] = format == wf::Format::codes ? 2 : static_cast<uint8_t>(other[at] | 0x0c);
-        if (wf::pack_from(format, other.data(), rows, columns, back.codes.get())) fail("no ternary code is taken:" + where);
+        // Anywhere but in a scale: blocks of q2_0 begin with one, those of tq2_0 end with one.
+        const bool neighbours = format == wf::Format::q2_0, planes = format == wf::Format::tq2_0;
+        const int64_t block = neighbours ? 18 : planes ? 66 : bytes, codes = block - (neighbours || planes ? 2 : 0);
+        for (int round = 0; round < 20; ++round) {
+          const int64_t in_block = uniform(0, static_cast<int>(codes - 1)) + (neighbours ? 2 : 0);
+          uint8_t& byte = other[static_cast<size_t>(uniform(0, static_cast<int>(bytes / block - 1)) * block + in_block)];
+          const uint8_t before = byte;
+          byte = format == wf::Format::codes ? 2 : static_cast<uint8_t>(byte | 3 << 2 * uniform(0, 3));
+          if (wf::pack_from(format, other.data(), rows, columns, back.codes.get())) fail("no ternary code is taken:" + where);
+          byte = before;
+        }
       }
     }
   }
@@ -333,21 +340,28 @@ void decoder(const wf::FloatKernels& isa) {
 
 // A correction against sums in double precision, and the same bits as the scalar set's; y has exactly the rows.
 void low_rank(const wf::Kernels& isa) {
-  for (const auto type : {wf::AdapterType::f16, wf::AdapterType::i8}) {
+  for (const auto type : {wf::AdapterType::f16, wf::AdapterType::i8, wf::AdapterType::f32}) {
     for (const auto& [rows, columns, rank, tokens] :
          {std::array<int64_t, 4>{1, 1, 1, 1}, {17, 5, 3, 3}, {33, 131, 20, 5}, {64, 48, 16, 9}}) {
       const auto count = static_cast<size_t>((rows + columns) * rank);
       std::vector<uint16_t> halves(count);
       std::vector<int8_t> bytes(count);
+      const std::vector<float> floats = normal(static_cast<int64_t>(count));
       // Half-precision numbers of every size from the subnormal on: sign, exponent up to 2^0, fraction.
       for (auto& half : halves) half = static_cast<uint16_t>(uniform(0, 1) << 15 | uniform(0, 15) << 10 | uniform(0, 1023));
       for (auto& byte : bytes) byte = static_cast<int8_t>(uniform(-127, 127));
       const bool small = type == wf::AdapterType::i8;
       const std::vector<float> u_scales = normal(rank), v_scales = normal(rank), x = normal(tokens * columns);
-      const auto number = [&](int64_t i) { return small ? static_cast<double>(bytes[i]) : static_cast<double>(wf::half_to_float(halves[i])); };
-      const wf::LowRank adapters(type, small ? static_cast<const void*>(bytes.data()) : halves.data(),
-                                 small ? static_cast<const void*>(bytes.data() + rows * rank) : halves.data() + rows * rank,
-                                 small ? u_scales.data() : nullptr, small ? v_scales.data() : nullptr, rows, columns, rank);
+      const auto number = [&](int64_t i) {
+        return static_cast<double>(small ? static_cast<float>(bytes[i]) : type == wf::AdapterType::f32 ? floats[i] : wf::half_to_float(halves[i]));
+      };
+      const auto from = [&](int64_t first) {
+        return small ? static_cast<const void*>(bytes.data() + first)
+               : type == wf::AdapterType::f32 ? static_cast<const void*>(floats.data() + first)
+                                              : halves.data() + first;
+      };
+      const wf::LowRank adapters(type, from(0), from(rows * rank), small ? u_scales.data() : nullptr, small ? v_scales.data() : nullptr, rows,
+                                 columns, rank);
       const std::vector<float> before = normal(tokens * rows);
       std::vector<float> got = before, scalar = before;
       wf::add_low_rank(isa, adapters, x.data(), tokens, got.data());
