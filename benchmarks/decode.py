@@ -6,13 +6,16 @@ uv run python benchmarks/decode.py --quick --shapes smollm2-135m      # a look: 
 Weights are random, so that texts mean nothing and times mean what those of a real model do. All of a table is measured in turns,
 round by round, and a column "of limit" is the median over rounds of a ratio inside one round.
 
-* The limit of decoding is reading the weights once a token, by a loop that only reads; of two threads, by two at once.
+* The limit of decoding is reading once a token as many bytes as its weights have, by a loop that only reads, as often as tokens are
+  decoded, so that caches help both alike; of two threads, by two at once, each half.
 * The limit of a prompt is the integer dot product of the widest registers. A processor with tiles (AMX) may pass it.
 * One thread is timed by its own clock, which stands while a neighbour has the processor. Two threads, llama.cpp, and what
   llama.cpp is compared with are timed by the wall's.
 * llama.cpp (xllamacpp, an AVX2 build) runs the same file: TQ2_0, but Q2_0 where rows are no multiple of 256. Its server also
   samples, which ours does not.
-* Tokens are decoded at a context of 64; the curve over context says what more costs. Keys and values are kept in f16.
+* Tokens are decoded at a context of 64, eight a round, also of each sequence of a batch; the curve over context says what more
+  costs. Keys and values are kept in f16.
+* `--rank R` adds a low-rank correction to every matrix, which llama.cpp does not run.
 """
 
 import json
@@ -42,22 +45,32 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 PROMPTS = {"2b4t": 128, "smollm2-135m": 512}
 BATCHES, CONTEXTS, SHORT = (1, 2, 4, 8, 16, 32), (64, 256, 512, 1000), 64
-DECODED, DOTS, READ_ROWS, READS = 8, 4_000_000, 1 << 16, 8
+DECODED, DOTS = 8, 4_000_000
+READ_COLUMNS, READ_ROWS = 4096, 1 << 16
+"""Of a matrix that is read: 64 MiB at most."""
 FORCED = {"avx512": "AVX-512", "avx2": "AVX2"}
 PEER_PROMPT, PEER_GOPS = 446, 428e9
 """Tokens a second of the best other engine on SmolLM2's prompt of 512, and the integer peak of the run that measured it."""
 
 
-def write_model(path: Path, shape: dict[str, Any]) -> tuple[int, int]:
-    """Write a `bitnet` file of random weights; return how many bytes a token's products read, and how many ternary weights."""
+def write_model(path: Path, shape: dict[str, Any], rank: int = 0) -> tuple[int, int]:
+    """Write a `bitnet` file of random weights, with a low-rank correction a `wrinklefree` one of that family.
+
+    Returns:
+        How many bytes a token's products read, and how many ternary weights there are.
+    """
     rng = np.random.default_rng(0)
     width, kv = shape["width"], shape["width"] // shape["heads"] * shape["kv"]
-    writer = gguf.GGUFWriter(path, "bitnet")
+    architecture = "wrinklefree" if rank else "bitnet"
+    writer = gguf.GGUFWriter(path, architecture)
+    if rank:
+        writer.add_string("wrinklefree.family", "bitnet")
+        writer.add_uint32("wrinklefree.lrc.rank", rank)
     keys = {"context_length": 1024, "embedding_length": width, "block_count": shape["layers"], "feed_forward_length": shape["ffn"]}
     keys |= {"attention.head_count": shape["heads"], "attention.head_count_kv": shape["kv"]}
     for key, value in keys.items():
-        writer.add_uint32(f"bitnet.{key}", value)
-    writer.add_float32("bitnet.attention.layer_norm_rms_epsilon", 1e-5)
+        writer.add_uint32(f"{architecture}.{key}", value)
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
     # A vocabulary that nobody reads, without which llama.cpp loads no model.
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
@@ -78,12 +91,16 @@ def write_model(path: Path, shape: dict[str, Any]) -> tuple[int, int]:
             writer.add_tensor(f"blk.{layer}.{norm}.weight", np.ones(shape["ffn"] if norm == "ffn_sub_norm" else width, np.float32))
         for name, (values, _) in data.items():
             writer.add_tensor(f"blk.{layer}.{name}.weight", *values)
+            for adapter, features in zip("uv", matrices[name] if rank else (), strict=False):
+                numbers = (rng.standard_normal((features, rank), dtype=np.float32) / 100).astype(np.float16)
+                writer.add_tensor(f"blk.{layer}.{name}.lrc_{adapter}", numbers)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     weights = shape["layers"] * sum(rows * columns for rows, columns in matrices.values())
-    return weights // 4 + encoded.nbytes, weights
+    adapters = shape["layers"] * sum(2 * rank * sum(size) for size in matrices.values())
+    return weights // 4 + adapters + encoded.nbytes, weights
 
 
 def ternary(rng: np.random.Generator, rows: int, columns: int) -> tuple[np.ndarray, None, int]:
@@ -96,8 +113,17 @@ def ternary(rng: np.random.Generator, rows: int, columns: int) -> tuple[np.ndarr
     return TYPES[kind].encode(codes, np.float16(0.02)), None, TYPES[kind].ggml_id
 
 
+def to_read(nbytes: int) -> list[Any]:
+    """Return matrices of so many bytes together."""
+    left, matrices, scale = nbytes * 4 // READ_COLUMNS, [], np.ones(1, np.float32)
+    while left > 0:
+        matrices.append(TernaryMatrix(np.zeros((min(left, READ_ROWS), READ_COLUMNS), np.int8), scale)._matrix)
+        left -= READ_ROWS
+    return matrices
+
+
 OPENED = """
-import resource, sys, time
+import sys, time
 from pathlib import Path
 import bitnet_kernels
 def rss():
@@ -167,7 +193,7 @@ class Ours:
             self._engine.step({slot: [token]})
 
     def batch(self, size: int) -> None:
-        """Decode tokens of so many sequences, each at a context that grows from `SHORT` on."""
+        """Decode as many tokens of each of so many sequences."""
         for slot in range(1, size + 1):
             self._engine.truncate(slot, SHORT)
         for token in range(DECODED):
@@ -176,7 +202,7 @@ class Ours:
 
 def measure(name: str, file: Path, threads: int, options: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Time one shape on so many threads."""
-    nbytes, weights = write_model(file, SHAPES[name])
+    nbytes, weights = write_model(file, SHAPES[name], options.rank)
     length, wall = PROMPTS[name], threads > 1
     bitnet_kernels.set_threads(threads)
     best = bitnet_kernels.isa()
@@ -185,9 +211,8 @@ def measure(name: str, file: Path, threads: int, options: Any) -> tuple[list[dic
     engines |= {isa: Ours(file, isa, length) for isa in forced}
     bitnet_kernels.use_isa(best)
     ours = engines[best]
-    peer = None if options.quick else Peer(file, threads)
-    # 64 MiB for each thread: what one thread has read, the cache that they share would give to the others.
-    reading = [[TernaryMatrix(np.zeros((READ_ROWS, 4096), np.int8), np.ones(1, np.float32))._matrix] for _ in range(threads)]
+    peer = None if options.quick or options.rank else Peer(file, threads)
+    reading = [to_read(nbytes // threads) for _ in range(threads)]
     others = ThreadPoolExecutor(threads)
 
     def on_all(call: Callable[[int], object]) -> Callable[[], object]:
@@ -202,7 +227,7 @@ def measure(name: str, file: Path, threads: int, options: Any) -> tuple[list[dic
         walls[what].append(perf_counter() - start)
 
     contenders: dict[str, Callable[[], object]] = {
-        "read": on_all(lambda thread: _native.time_read(reading[thread], READS)),
+        "read": on_all(lambda thread: _native.time_read(reading[thread], DECODED)),
         "peak": on_all(lambda _: _native.time_dot(DOTS)),
         "prompt": lambda: compared("prompt", ours.prompt),
         "decode": lambda: compared("decode", ours.decode),
@@ -217,7 +242,8 @@ def measure(name: str, file: Path, threads: int, options: Any) -> tuple[list[dic
         contenders |= {f"context {context}": lambda context=context: ours.decode(context) for context in CONTEXTS}
     seconds = interleaved(contenders, options.rounds, perf_counter if wall else thread_time)
     # Seconds that reading a token's weights takes, and that the prompt's products take, at the limits of each round.
-    read = [nbytes / (threads * READS * reading[0][0].nbytes / taken) for taken in seconds["read"]]
+    read_bytes = sum(matrix.nbytes for matrices in reading for matrix in matrices)
+    read = [taken / DECODED * nbytes / read_bytes for taken in seconds["read"]]
     operations = threads * _native.time_dot(DOTS)[1]
     peak = [2 * weights * length / (operations / taken) for taken in seconds["peak"]]
     one = [taken / DECODED for taken in seconds["decode"]]
@@ -226,7 +252,7 @@ def measure(name: str, file: Path, threads: int, options: Any) -> tuple[list[dic
     rows: list[dict[str, Any]] = []
 
     def row(what: str, value: float, unit: str, of_limit: float | None = None, of_peer: float | None = None) -> None:
-        line = {"shape": name, "threads": threads, "what": what, "value": round(value, 4), "unit": unit}
+        line = {"shape": name, "rank": options.rank, "threads": threads, "what": what, "value": round(value, 4), "unit": unit}
         rows.append(line | {"of limit": of_limit and round(of_limit, 4), "times llama.cpp": of_peer and round(of_peer, 3)})
 
     beside: dict[str, float | None] = {"prompt": None, "decode": None}
@@ -260,6 +286,8 @@ def measure(name: str, file: Path, threads: int, options: Any) -> tuple[list[dic
     row("memory after opening, of the file's size", held, "times")
 
     bars = []
+    if options.rank:  # they are of files without one
+        return rows, bars
     if name == "2b4t":
         bars.append(bar(f"{name}: decode, share of bandwidth, threads {threads}", shares["decode"], ">=", 0.75 if wall else 0.85))
     if name == "2b4t" and not wall:
@@ -280,9 +308,13 @@ def main() -> None:
     arguments.set_defaults(threads=2)
     arguments.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="which models")
     arguments.add_argument("--quick", action="store_true", help="one thread, no curves, no other engine")
+    arguments.add_argument("--rank", type=int, default=0, help="of a low-rank correction; 0 is none")
     options = arguments.parse_args()
     if options.threads not in (1, 2):
         arguments.error("--threads: the bars are of one thread and of two: 1 or 2 is wanted, and 2 measures both")
+    narrowest = min(SHAPES[name]["width"] // SHAPES[name]["heads"] * SHAPES[name]["kv"] for name in options.shapes)
+    if not 0 <= options.rank <= narrowest:
+        arguments.error(f"--rank: from 0 to {narrowest}, the narrowest matrix's side, is wanted")
     if options.rounds < 1:
         arguments.error("--rounds: at least 1 is wanted")
     rows, bars = [], []
