@@ -54,43 +54,53 @@ class Roles:
         return self.pairs | changed | {"embeddings against training": ("training", WITH_EMBEDDINGS)}
 
 
+def _roles(column: str, forward: str, noun: str, *, against: str, control: str, more: Pairs) -> Roles:
+    """Return the roles of an engine.
+
+    Args:
+        column: as in `Roles`.
+        forward: the torch forward that handles activations as the engine does.
+        noun: what that is called where it is compared.
+        against: what it is called where the engine is compared with it.
+        control: as in `Roles`.
+        more: comparisons that only this engine has.
+    """
+    unrounded = "without activation quantisation"
+    same, training = f"{column} against {against}", f"{column} against training"
+    handling, off, engine_off = f"{noun} against training", f"{noun} {unrounded}", f"{same} {unrounded}"
+    pairs = {
+        handling: ("training", forward),
+        **more,
+        off: (forward, f"{forward} {unrounded}"),
+        control: (forward, f"{forward} with Q4_0"),
+        same: (forward, column),
+        engine_off: (f"{forward} {unrounded}", column),
+        training: ("training", column),
+    }
+    return Roles(
+        column=column,
+        pairs=pairs,
+        same=same,
+        training=training,
+        handling=handling,
+        off=off,
+        engine_off=engine_off,
+        control=control,
+    )
+
+
 ROLES: dict[Handling, Roles] = {
-    "llama.cpp": Roles(
-        column="engine",
-        pairs={
-            "emulation against training": ("training", "emulated"),
-            "floor: f16 rounding": ("emulated", "emulated with float32 cache"),
-            "emulation without activation quantisation": ("emulated", "emulated without activation quantisation"),
-            "control: Q4_0": ("emulated", "emulated with Q4_0"),
-            "engine against emulation": ("emulated", "engine"),
-            "engine against emulation without activation quantisation": ("emulated without activation quantisation", "engine"),
-            "engine against training": ("training", "engine"),
-        },
-        same="engine against emulation",
-        training="engine against training",
-        handling="emulation against training",
-        off="emulation without activation quantisation",
-        engine_off="engine against emulation without activation quantisation",
+    "llama.cpp": _roles(
+        "engine",
+        "emulated",
+        "emulation",
+        against="emulation",
         control="control: Q4_0",
+        more={"floor: f16 rounding": ("emulated", "emulated with float32 cache")},
     ),
-    "training": Roles(
-        column="native",
-        pairs={
-            "file against training": ("training", "file"),
-            "file without activation quantisation": ("file", "file without activation quantisation"),
-            "control: Q4_0 in the file": ("file", "file with Q4_0"),
-            "native against the file": ("file", "native"),
-            "native against the file without activation quantisation": ("file without activation quantisation", "native"),
-            "native against training": ("training", "native"),
-        },
-        same="native against the file",
-        training="native against training",
-        handling="file against training",
-        off="file without activation quantisation",
-        engine_off="native against the file without activation quantisation",
-        control="control: Q4_0 in the file",
-    ),
+    "training": _roles("native", "file", "file", against="the file", control="control: Q4_0 in the file", more={}),
 }
+"""What an engine is compared with, by how it handles activations."""
 
 Found = dict[str, Comparison]
 """Distances by the name of their pair."""
