@@ -21,7 +21,7 @@ import torch
 from bitnet_arch import UserError, load_model, load_tokenizer
 from bitnet_arch.bitlinear import constant_weights
 from bitnet_arch.diffusion import diffusion_of
-from bitnet_arch.generation import CACHES, Decoded, DecodeOptions, check_temperature, decode
+from bitnet_arch.generation import CACHES, Decoded, DecodeOptions, EmitTokens, check_temperature, decode
 from bitnet_arch.parity import has_native_engine, no_engine
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -120,10 +120,11 @@ class TextStream:
             self._emit(piece)
 
 
-def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """Return the ids that end a text: the model's, the tokenizer's, and those that llama.cpp ends at."""
+def end_token_ids(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel | None = None) -> set[int]:
+    """Return the ids that end a text: the tokenizer's, those that llama.cpp ends at, and a model's, which files do not have."""
     ids: set[int] = {i for token, i in tokenizer.get_added_vocab().items() if token in END_OF_TEXT}
-    for value in (model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id):
+    of_model = () if model is None else (model.config.eos_token_id, model.generation_config.eos_token_id)
+    for value in (tokenizer.eos_token_id, *of_model):
         ids |= set(value) if isinstance(value, list) else {value} if isinstance(value, int) else set()
     return ids
 
@@ -161,7 +162,7 @@ def generate_torch(
     ids = tokenizer(prompt).input_ids
     check_length(len(ids), model.config.max_position_embeddings)
     budget = min(options.max_tokens, model.config.max_position_embeddings - len(ids))
-    ends, stream, count, stop = end_token_ids(model, tokenizer), TextStream(tokenizer, emit), 0, "length"
+    ends, stream, count, stop = end_token_ids(tokenizer, model), TextStream(tokenizer, emit), 0, "length"
     with constant_weights(model):
         for token in token_ids(model, torch.tensor([ids]), options):
             if token in ends:
@@ -184,7 +185,7 @@ def generate_diffusion(
         UserError: if the prompt has no token or leaves no room for one.
     """
     ids = tokenizer(prompt).input_ids
-    ends = end_token_ids(model, tokenizer)
+    ends = end_token_ids(tokenizer, model)
     prompt_ids = torch.tensor(ids, dtype=torch.int64)
     return blocks_of_text(tokenizer, len(ids), ends, emit, lambda push: decode(model, prompt_ids, options, ends=ends, emit=push))
 
@@ -194,7 +195,7 @@ def blocks_of_text(
     prompt_tokens: int,
     ends: Collection[int],
     emit: Emit,
-    decode: Callable[[Callable[[list[int]], None]], Decoded],
+    decode: Callable[[EmitTokens], Decoded],
 ) -> Generated:
     """Make text of what a decoding in blocks emits.
 
@@ -203,7 +204,7 @@ def blocks_of_text(
         prompt_tokens: tokens of the prompt.
         ends: tokens that end a text, and are no part of it.
         emit: called with each piece of text.
-        decode: decodes, and calls what it is given with the tokens of each sub-block.
+        decode: decodes, and emits the tokens through what it is given.
     """
     stream = TextStream(tokenizer, emit)
 
@@ -340,46 +341,23 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("the prompt is empty: give some text to continue")
     names = {"threshold": arguments.threshold, "sub_block_size": arguments.sub_block, "cache": arguments.cache}
     given = {name: value for name, value in names.items() if value is not None}
-    how = DecodeOptions(**asdict(options), **given)
+    blocks = DecodeOptions(**asdict(options), **given)  # refuses values out of range, whatever the model
     emit: Emit = (lambda piece: None) if arguments.json else _print_piece
     try:
         start = time.perf_counter()
-        used: Options | DecodeOptions = options
         if model.kind == "gguf":
             engine = arguments.engine or ENGINES[0]
-            if engine == "native":
-                if not has_native_engine():
-                    instead = "" if _needs_native(model.path) else " or give --engine llama.cpp"
-                    raise UserError(
-                        f"the native engine, which runs {model.path}, is not installed: install bitnet-kernels{instead}"
-                    )
-                from wrinklefree_inference.native import generate_native
-
-                result = generate_native(model.path, prompt, options, emit, given)
-                used = options if result.forwards is None else how
-            else:
-                check_no_effect(given, "llama.cpp")
-                try:
-                    result = generate_llamacpp(model.path, prompt, options, emit)
-                except UserError:
-                    if why := _needs_native(model.path):
-                        raise UserError(f"llama.cpp cannot run {model.path} ({why}): leave --engine out") from None
-                    raise
-        else:
-            if arguments.engine is not None:
-                raise UserError(
-                    f"--engine has no effect on a model directory, which runs in PyTorch: leave it out or export {model.path}"
-                )
+            result = _from_file(model.path, engine, prompt, options, given, emit)
+        elif arguments.engine is None:
             engine = "pytorch"
-            loaded, tokenizer = load_model(model.path), load_tokenizer(model.path)
-            if diffusion_of(loaded.config) is None:
-                check_no_effect(given, "a model that is no diffusion model")
-                result = generate_torch(loaded, tokenizer, prompt, options, emit)
-            else:
-                used = how
-                result = generate_diffusion(loaded, tokenizer, prompt, how, emit)
+            result = _from_directory(model.path, prompt, options, given, emit)
+        else:
+            raise UserError(
+                f"--engine has no effect on a model directory, which runs in PyTorch: leave it out or export {model.path}"
+            )
         seconds = time.perf_counter() - start
         if arguments.json:
+            used: Options | DecodeOptions = options if result.forwards is None else blocks
             answer = {"model": str(model.path), "engine": engine, "prompt": prompt, **asdict(result), **asdict(used)}
             if result.forwards is None:
                 del answer["forwards"]
@@ -390,6 +368,33 @@ def run(arguments: argparse.Namespace) -> int:
         # The reader (such as `head`) has enough; Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _from_file(file: Path, engine: str, prompt: str, options: Options, given: Mapping[str, Any], emit: Emit) -> Generated:
+    """Generate from a GGUF file in one of `ENGINES`."""
+    if engine == "native":
+        if not has_native_engine():
+            instead = "" if _needs_native(file) else " or give --engine llama.cpp"
+            raise UserError(f"the native engine, which runs {file}, is not installed: install bitnet-kernels{instead}")
+        from wrinklefree_inference.native import generate_native
+
+        return generate_native(file, prompt, options, emit, given)
+    check_no_effect(given, "llama.cpp")
+    try:
+        return generate_llamacpp(file, prompt, options, emit)
+    except UserError:
+        if why := _needs_native(file):
+            raise UserError(f"llama.cpp cannot run {file} ({why}): leave --engine out") from None
+        raise
+
+
+def _from_directory(directory: Path, prompt: str, options: Options, given: Mapping[str, Any], emit: Emit) -> Generated:
+    """Generate from a model directory in PyTorch."""
+    model, tokenizer = load_model(directory), load_tokenizer(directory)
+    if diffusion_of(model.config) is None:
+        check_no_effect(given, "a model that is no diffusion model")
+        return generate_torch(model, tokenizer, prompt, options, emit)
+    return generate_diffusion(model, tokenizer, prompt, DecodeOptions(**asdict(options), **given), emit)
 
 
 def _needs_native(file: Path) -> str | None:

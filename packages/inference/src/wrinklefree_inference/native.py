@@ -12,7 +12,6 @@ from bitnet_arch.gguf import GgufFile, read_gguf, tokenizer_from_gguf
 from bitnet_kernels import Engine
 
 from wrinklefree_inference.generate import (
-    END_OF_TEXT,
     Emit,
     Generated,
     Options,
@@ -20,6 +19,7 @@ from wrinklefree_inference.generate import (
     blocks_of_text,
     check_length,
     check_no_effect,
+    end_token_ids,
 )
 from wrinklefree_inference.native_blocks import decode_native
 
@@ -74,9 +74,7 @@ def generate_native(file: Path, prompt: str, options: Options, emit: Emit, diffu
     # No more than this text needs, in whole blocks: of a long context, keys and values alone can be more than there is memory.
     block = _number(read, "diffusion.block_size") or 1
     engine = open_native(file, context=most and min(-(-(len(ids) + options.max_tokens) // block) * block, most))
-    ends = {i for token, i in tokenizer.get_added_vocab().items() if token in END_OF_TEXT}
-    if isinstance(tokenizer.eos_token_id, int):
-        ends.add(tokenizer.eos_token_id)
+    ends = end_token_ids(tokenizer)
     try:
         if engine.mask_token is not None:
             how = DecodeOptions(**asdict(options), **(diffusion or {}))

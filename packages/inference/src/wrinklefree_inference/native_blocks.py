@@ -1,11 +1,11 @@
 """Block-diffusion decoding of a GGUF file in the native engine: `bitnet_arch.generation`'s decoding over the engine's blocks."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import torch
 from bitnet_arch import UserError
 from bitnet_arch.diffusion import DiffusionForm
-from bitnet_arch.generation import Cost, Decoded, DecodeOptions, decode_blocks
+from bitnet_arch.generation import Cost, Decoded, DecodeOptions, EmitTokens, decode_blocks
 from bitnet_kernels import Engine
 from torch import Tensor
 
@@ -72,17 +72,17 @@ def decode_native(
     options: DecodeOptions,
     *,
     ends: Collection[int] = (),
-    emit: Callable[[list[int]], None] | None = None,
+    emit: EmitTokens | None = None,
     slot: int = 0,
 ) -> Decoded:
     """Continue a prompt with a diffusion model that the engine has open, as `bitnet_arch.generation.decode` does in PyTorch.
 
     Args:
         engine: the model.
-        prompt: int64 `[T]`, at least one token.
-        options: how; the engine has the cache "prefix" alone.
-        ends: tokens that end a text.
-        emit: called with the tokens of every sub-block when it is complete, in order.
+        prompt: as in `decode`.
+        options: as in `decode`, with the cache "prefix", the only one that the engine has.
+        ends: as in `decode`.
+        emit: as in `decode`.
         slot: where.
 
     Raises:

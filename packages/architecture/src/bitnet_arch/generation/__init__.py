@@ -1,6 +1,6 @@
 """Block-diffusion decoding, for samples while training, evaluation and serving alike."""
 
-from bitnet_arch.generation.decode import Decoded, DecodeOptions, Statistics, cache_agreement, decode, decode_blocks
+from bitnet_arch.generation.decode import Decoded, DecodeOptions, EmitTokens, Statistics, cache_agreement, decode, decode_blocks
 from bitnet_arch.generation.forwards import CACHES, BlockForwards, Cost
 from bitnet_arch.generation.sampling import check_temperature
 
@@ -10,6 +10,7 @@ __all__ = [
     "Cost",
     "DecodeOptions",
     "Decoded",
+    "EmitTokens",
     "Statistics",
     "cache_agreement",
     "check_temperature",

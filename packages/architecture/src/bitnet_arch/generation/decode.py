@@ -21,6 +21,9 @@ from bitnet_arch.errors import UserError
 from bitnet_arch.generation.forwards import CACHES, BlockForwards, Forwards
 from bitnet_arch.generation.sampling import accept, check_temperature, propose
 
+EmitTokens = Callable[[list[int]], None]
+"""Called with the tokens of every sub-block when it is complete, in order."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeOptions:
@@ -71,11 +74,6 @@ class Statistics:
     forwards: int
     positions: int
 
-    @property
-    def forwards_per_token(self) -> float:
-        """Calls of the model for a token: 1 is what autoregressive decoding needs."""
-        return self.forwards / self.tokens
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoded:
@@ -99,7 +97,7 @@ def decode(
     options: DecodeOptions,
     *,
     ends: Collection[int] = (),
-    emit: Callable[[list[int]], None] | None = None,
+    emit: EmitTokens | None = None,
 ) -> Decoded:
     """Continue a prompt.
 
@@ -108,7 +106,7 @@ def decode(
         prompt: int64 `[T]`, at least one token, on the model's device.
         options: how.
         ends: tokens that end a text.
-        emit: called with the tokens of every sub-block when it is complete, in order.
+        emit: is told the tokens as they come.
 
     Raises:
         UserError: for a model that does not diffuse, a prompt that is empty or too long, or one that contains the mask token.
@@ -132,18 +130,18 @@ def decode_blocks(
     options: DecodeOptions,
     *,
     ends: Collection[int] = (),
-    emit: Callable[[list[int]], None] | None = None,
+    emit: EmitTokens | None = None,
 ) -> Decoded:
-    """Continue a prompt with whatever computes a block's logits.
+    """Continue a prompt as `decode` does, with whatever computes a block's logits.
 
     Args:
-        forwards: makes that of a text's tokens `[1, T]` and block size.
+        forwards: makes that of a text's tokens `[1, T]` and block size; `options.cache` is its business.
         form: how the model diffuses.
         context: positions that it has.
-        prompt: as in `decode`, as all that follow.
-        options: see there; its `cache` is for who makes `forwards`.
-        ends: see there.
-        emit: see there.
+        prompt: as in `decode`.
+        options: as in `decode`.
+        ends: as in `decode`.
+        emit: as in `decode`.
 
     Raises:
         UserError: as `decode`.
@@ -170,7 +168,7 @@ def _decode(
     limit: int,
     options: DecodeOptions,
     ends: Collection[int],
-    emit: Callable[[list[int]], None] | None,
+    emit: EmitTokens | None,
 ) -> Decoded:
     """Fill in what comes after the first `length` tokens, up to `limit`."""
     tokens, size = forwards.tokens, forwards.block_size
