@@ -60,7 +60,10 @@ def run_atheris(arguments: argparse.Namespace, more: list[str]) -> None:
         import bitnet_arch.gguf.fuzz
     fill(arguments.corpus, arguments.weights)
     corpus: Path = arguments.corpus
-    run: Callable[[bytes], None] = bitnet_arch.gguf.fuzz.try_bytes
+
+    def run(data: bytes) -> None:
+        bitnet_arch.gguf.fuzz.try_bytes(data)
+
     if arguments.weights:
         corpus, run = directory_inputs(arguments.corpus, bitnet_arch.fuzz_weights.try_weights)
     largest = max(file.stat().st_size for file in corpus.iterdir())

@@ -1,10 +1,14 @@
 """What a model is calibrated on and how its family is described: what cannot be is refused in a sentence that names it."""
 
+import shutil
+
 import pytest
 import torch
 from bitnet_arch import (
+    BitLinear,
     ConversionConfig,
     Family,
+    PackedBitLinear,
     UserError,
     convert_directory,
     convert_model,
@@ -200,6 +204,10 @@ def uses(make, directory, out):
     yield lambda: lrc_directory(directory, out, LRC, [IDS])
 
 
+def ternary_names(model):
+    return {name for name, module in model.named_modules() if isinstance(module, BitLinear | PackedBitLinear)}
+
+
 def mistral():
     config = MistralConfig(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
@@ -219,8 +227,12 @@ def test_a_name_that_the_model_has_not_is_named(case, described, tmp_path):
 
 def test_the_same_family_described_rightly_is_converted(described, tmp_path):
     described("mistral", LLAMA_LIKE)
-    for use in uses(mistral, tmp_path / "m", tmp_path / "out"):
-        use()
+    load, *changing = uses(mistral, tmp_path / "m", tmp_path / "out")
+    assert not ternary_names(load())
+    for use in changing:
+        made = use() or load_model(tmp_path / "out")
+        assert ternary_names(made) == {f"model.layers.0.{name}" for name in LLAMA_LIKE.linears}
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
 def test_layers_that_are_not_linear_are_named(described, tmp_path):

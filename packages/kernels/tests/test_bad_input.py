@@ -1,12 +1,13 @@
 """What a caller can get wrong ends in an exception that names the argument; what is only unusual works."""
 
 import array
+from collections import Counter
 
 import bitnet_kernels
 import numpy as np
 import pytest
 from bitnet_kernels import BlockMatrix, TernaryMatrix
-from bitnet_kernels.fuzz import CALLS, Foreign, try_once
+from bitnet_kernels.fuzz import CALLS, NAMES, Foreign, try_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -136,15 +137,26 @@ def test_no_tokens_give_no_results(w):
     assert bitnet_kernels.quantize_activations(X[:0])[0].shape == (0, 40)
 
 
+def end_of(name, seed):
+    """Make a call and return how it ended; what it set is undone."""
+    isa, threads = bitnet_kernels.isa(), bitnet_kernels.threads()
+    try:
+        return try_once(name, seed)
+    finally:
+        bitnet_kernels.use_isa(isa)
+        bitnet_kernels.set_threads(threads)
+
+
 @given(name=st.sampled_from(sorted(CALLS)), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=400, deadline=None)
 def test_whatever_is_passed_in_is_refused_by_name_or_works(name, seed):
-    before, threads = bitnet_kernels.isa(), bitnet_kernels.threads()
-    try:
-        try_once(name, seed)
-    finally:
-        bitnet_kernels.use_isa(before)
-        bitnet_kernels.set_threads(threads)
+    assert end_of(name, seed) in {"done", *NAMES}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_some_calls_of_every_kind_work_and_some_are_refused(name):
+    ends = Counter(end_of(name, seed) for seed in range(400))
+    assert 10 < ends["done"] < 390
 
 
 def test_the_fuzzer_sees_a_message_that_names_nothing(monkeypatch):

@@ -1,6 +1,6 @@
 """What fuzzing this package means: whatever a caller passes in, the answer is a result or an exception that names an argument.
 
-Anything else is a finding: another exception, a wrong shape, or a crash, after which the last line of the log says what was called.
+Anything else is a finding: another exception, or a crash, after which the last line of the log says what was called.
 """
 
 import ctypes

@@ -21,9 +21,12 @@ from bitnet_arch.gguf.tokenizer import rebuild_tokenizer
 from bitnet_arch.gguf.writer import export_gguf
 from bitnet_arch.testing import tiny_bitnet, tiny_llama, tiny_tokenizer
 
+STAGES = frozenset({"read", "dequantize", "import", "tokenizer"})
+"""What can refuse a file."""
+
 
 def try_file(path: Path) -> str:
-    """Read a file in every way; return which of them refused it ("" if none).
+    """Read a file in every way; return which of `STAGES` refused it, divided by spaces ("" if none).
 
     Raises:
         Exception: anything but a `UserError` is a bug.
@@ -48,12 +51,12 @@ def try_file(path: Path) -> str:
     return " ".join(refused)
 
 
-def try_bytes(data: bytes) -> None:
-    """Read bytes as if they were a file."""
+def try_bytes(data: bytes) -> str:
+    """Do to bytes what `try_file` does to a file."""
     with tempfile.NamedTemporaryFile(suffix=".gguf") as file:
         file.write(data)
         file.flush()
-        try_file(Path(file.name))
+        return try_file(Path(file.name))
 
 
 def write_corpus(folder: Path | str) -> list[Path]:
