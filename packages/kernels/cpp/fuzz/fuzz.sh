@@ -11,7 +11,7 @@ build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 mkdir -p "$corpus/../crashes"
 # Without the instruction sets that need flags of their own: what is fuzzed is the reading, on the scalar kernels.
-mapfile -t sources < <(ls "$cpp"/capi/*.cpp "$cpp"/runtime/*.cpp "$cpp"/ternary/*.cpp | grep -Ev '/([a-z_]+_)?(avx[a-z0-9]*|neon|dotprod|i8mm)\.cpp$')
+mapfile -t sources < <(ls "$cpp"/capi/*.cpp "$cpp"/runtime/*.cpp "$cpp"/ternary/*.cpp | grep -Ev '/([a-z_]+_)?(avx[a-z0-9]*|amx|neon|dotprod|i8mm)\.cpp$')
 "${CLANGXX:-clang++-19}" -std=c++20 -O2 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -ffp-contract=off -pthread \
   -I "$cpp" "$cpp/fuzz/gguf_fuzz.cpp" "${sources[@]}" -o "$build/fuzz"
 # Keys and values of a long context are allocated at once, but take no memory until they are written: only what is used is limited.
