@@ -14,7 +14,7 @@ from bitnet_arch.diffusion import add_mask_token, diffusion_of
 from bitnet_arch.generation import DecodeOptions, decode
 from bitnet_arch.testing import tiny_llama, tiny_tokenizer, train_tiny
 from safetensors.torch import load_file
-from wrinklefree import artifacts
+from wrinklefree import exporting
 from wrinklefree.callbacks import read_metrics
 from wrinklefree.cli import main
 
@@ -25,7 +25,7 @@ TCS = "objectives={tcs: {block_size: 8, top_k: 3, window: 2, hard: 0.5}}"
 @pytest.fixture(autouse=True)
 def without_engine(monkeypatch):
     """Export runs in its own tests; here it only takes time."""
-    monkeypatch.setattr(artifacts.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
 
 
 @pytest.fixture

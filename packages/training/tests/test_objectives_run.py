@@ -14,7 +14,7 @@ from bitnet_arch import bitlinear_layers, load_model, save_master
 from bitnet_arch.testing import tiny_bitnet, tiny_llama, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers.models.bitnet.modeling_bitnet import BitNetMLP
-from wrinklefree import artifacts, models, run
+from wrinklefree import exporting, models, run
 from wrinklefree.callbacks import read_metrics
 from wrinklefree.cli import load_run_config, main
 from wrinklefree.models import build_start
@@ -39,7 +39,7 @@ ALL_THREE = "objectives={ce: {}, logits: {temperature: 2.0}, relations: {weight:
 @pytest.fixture(autouse=True)
 def without_engine(monkeypatch):
     """Export runs in its own tests; here it only takes time."""
-    monkeypatch.setattr(artifacts.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from bitnet_arch import UserError, save_master
 from bitnet_arch.testing import tiny_llama, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from wrinklefree import artifacts
+from wrinklefree import exporting
 from wrinklefree.callbacks import read_metrics
 from wrinklefree.cli import load_run_config, main
 from wrinklefree.losses.divergence import top_log_probabilities
@@ -487,7 +487,7 @@ def test_a_server_with_another_tokenizer_is_refused(serve):
 @pytest.fixture
 def run(corpus, overrides, tmp_path, monkeypatch):
     """A run on a pretrained directory, and that directory's model."""
-    monkeypatch.setattr(artifacts.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
     model, directory = tiny_llama(hidden=64, ffn=128), tmp_path / "llama"
     save_master(copy.deepcopy(model), directory, tiny_tokenizer())
     kept = [o for o in overrides if not o.startswith("model.")]

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from wrinklefree import artifacts, models
+from wrinklefree import exporting, models
 from wrinklefree.callbacks import metrics, newest_checkpoint, read_metrics
 from wrinklefree.cli import main
 
 
 @pytest.fixture(autouse=True)
 def without_engine(monkeypatch):
-    monkeypatch.setattr(artifacts.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
 
 
 @pytest.fixture

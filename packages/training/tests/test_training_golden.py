@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from wrinklefree import artifacts
+from wrinklefree import exporting
 from wrinklefree.callbacks import read_metrics
 from wrinklefree.cli import main
 
@@ -56,7 +56,7 @@ def curve(folder, *more):
 @pytest.fixture(autouse=True)
 def without_engine(monkeypatch):
     """Export has tests of its own; here it only takes time."""
-    monkeypatch.setattr(artifacts.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
 
 
 def test_the_curve_is_the_recorded_one(tmp_path):

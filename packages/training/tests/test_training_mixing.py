@@ -14,7 +14,7 @@ import torch
 from bitnet_arch import UserError
 from data_handler import BatchLoader, PackedStream
 from data_handler.mixture import Aioli, StepResult, drive
-from wrinklefree import artifacts
+from wrinklefree import exporting
 from wrinklefree.arm import train_arm
 from wrinklefree.callbacks import read_metrics
 from wrinklefree.cli import compose_values, load_run_config, main
@@ -279,7 +279,7 @@ def test_a_replay_reads_the_same_rows_and_may_be_resumed(arm):
 
 
 def test_a_whole_run_repeats_the_mixture_for_its_twin_and_says_what_changed(base, texts, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(artifacts.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
     run = tmp_path / "run"
     more = [*overridden(ODM), "training.compare_fp=true", "training.max_steps=8", "training.eval_every=4", f"output_dir={run}"]
     assert main([*base, *more]) == 0
@@ -301,7 +301,7 @@ def test_a_whole_run_repeats_the_mixture_for_its_twin_and_says_what_changed(base
 
 @pytest.mark.parametrize("mixture", [INFLUENCE, AIOLI], ids=["influence", "aioli"])
 def test_how_much_evaluations_look_at_changes_no_weight(mixture, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(artifacts.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
     found = {}
     for share in ("0.1", "null"):  # 154 held-out tokens of 512
         folder = tmp_path / share

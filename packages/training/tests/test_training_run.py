@@ -19,7 +19,7 @@ from bitnet_arch import (
 from bitnet_arch.modeling import form_of
 from bitnet_arch.testing import tiny_llama, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
-from wrinklefree import artifacts
+from wrinklefree import exporting
 from wrinklefree.callbacks import read_metrics
 from wrinklefree.cli import main
 
@@ -27,7 +27,7 @@ from wrinklefree.cli import main
 @pytest.fixture(autouse=True)
 def without_engine(monkeypatch):
     """Export runs in its own tests; here it only takes time."""
-    monkeypatch.setattr(artifacts.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
 
 
 def run(overrides, *more):
@@ -199,7 +199,9 @@ def test_a_family_that_cannot_be_converted_is_named(overrides, tmp_path, capsys)
 
 
 def test_a_file_that_fails_the_gate_makes_the_run_fail(overrides, monkeypatch, capsys):
-    monkeypatch.setattr("wrinklefree.run.export", lambda *_: {"status": "failed", "note": "engine.mean_kl is 0.3", "runs": False})
+    monkeypatch.setattr(exporting.Exporter, "start", lambda *_: None)
+    failed = {"status": "failed", "note": "engine.mean_kl is 0.3", "runs": False}
+    monkeypatch.setattr(exporting.Exporter, "result", lambda _: failed)
     assert main([*overrides, "training.compare_fp=false"]) == 1
     printed = capsys.readouterr()
     assert printed.err.splitlines()[-1] == "error: model.gguf was not written: engine.mean_kl is 0.3"
@@ -324,7 +326,7 @@ def test_a_file_that_was_refused_ends_with_an_error_and_the_command_that_writes_
     def full(*arguments):
         raise UserError("writing model.gguf failed (No space left on device): free some space")
 
-    monkeypatch.setattr(artifacts, "export_gguf", full)
+    monkeypatch.setattr(exporting, "export_gguf", full)
     assert main([*overrides, "training.compare_fp=false"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert "No space left on device" in last

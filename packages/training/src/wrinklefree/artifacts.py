@@ -1,56 +1,18 @@
-"""What a finished run leaves behind beside the model: GGUF, plot, sample and summary."""
+"""What a finished run leaves behind beside the model and its file: the plot and the sample."""
 
-import importlib.util
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import torch
-from bitnet_arch import UserError
 from bitnet_arch.bitlinear import constant_weights
 from bitnet_arch.diffusion import diffusion_of
 from bitnet_arch.generation import DecodeOptions, decode
-from bitnet_arch.gguf import export_gguf
-from bitnet_arch.parity import no_engine
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from wrinklefree.callbacks import read_metrics
-from wrinklefree.files import complete, write_json
+from wrinklefree.files import complete
 
 SAMPLE_TOKENS = 48
-
-
-def export(model_directory: Path, out: Path) -> dict[str, Any]:
-    """Write the GGUF with its parity report, through the `export` command of wrinklefree-inference.
-
-    Training imports no app: the command runs as a process of its own. Where it is not installed the file is written all the
-    same and labelled unproven.
-
-    Returns:
-        `{"status": "proven" | "unproven" | "failed" | "refused", "note": one sentence, "runs": whether llama.cpp runs the file}`.
-    """
-    sidecar = out.with_name(out.name + ".parity.json")
-    if importlib.util.find_spec("wrinklefree_inference") is None:
-        note = "wrinklefree-inference is not installed, so no engine has run this file"
-        try:
-            export_gguf(model_directory, out)
-        except UserError as error:
-            return {"status": "refused", "note": str(error), "runs": False}
-        write_json(sidecar, {"status": "unproven", "reason": note})
-        return {"status": "unproven", "note": note, "runs": no_engine(out) is None}
-    command = [sys.executable, "-m", "wrinklefree_inference", "export", str(model_directory), "--out", str(out)]
-    seen = sys.stderr.isatty()  # then the command's own progress bar and error are shown as they come
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=None if seen else subprocess.PIPE, text=True, check=False)
-    if done.returncode == 0:
-        report = json.loads(sidecar.read_text())
-        note = report["reason"] or f"see {sidecar.name}"
-        return {"status": report["status"], "note": note, "runs": no_engine(out) is None}
-    lines = (done.stderr or "").strip().splitlines() or [f"export ended with code {done.returncode}"]
-    note = lines[-1].removeprefix("error: ").removeprefix(f"{out.name} was not written: ")
-    return {"status": "refused" if done.returncode == 2 else "failed", "note": note, "runs": False}
 
 
 def plot_losses(out: Path, arms: dict[str, Path]) -> None:

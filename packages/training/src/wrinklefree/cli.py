@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wrinklefree.config import RunConfig, from_mapping
+from wrinklefree.processes import is_first
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 75
 MISSING = "Could not find"
@@ -140,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             load_run_config(overrides)
             print(OmegaConf.to_yaml(OmegaConf.create(compose_values(overrides))), end="")
             return DONE
-        return _train(load_run_config(overrides))
+        return _train(load_run_config(overrides), is_command=argv is None)
     except ValueError as error:
         if not is_user_error(error):
             raise
@@ -158,10 +159,13 @@ def is_user_error(error: ValueError) -> bool:
     return isinstance(error, UserError | data_handler.UserError)
 
 
-def _train(config: RunConfig) -> int:
+def _train(config: RunConfig, *, is_command: bool) -> int:
+    """Train; `is_command`: this process does nothing else, and nothing has been computed in it."""
+    from wrinklefree.exporting import Exporter, WaitingExporter
     from wrinklefree.run import train
 
-    outcome = train(config)
+    with WaitingExporter() if is_command and is_first() and WaitingExporter.possible() else Exporter() as exporter:
+        outcome = train(config, exporter)
     if outcome.interrupted is not None:
         print(
             f"interrupted: saved {outcome.interrupted}; continue with the same command and output_dir={config.output_dir}",

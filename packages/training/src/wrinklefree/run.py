@@ -20,11 +20,12 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from transformers import PreTrainedModel
 
 from wrinklefree.arm import ArmResult, train_arm
-from wrinklefree.artifacts import export, finite, plot_losses, sample
+from wrinklefree.artifacts import finite, plot_losses, sample
 from wrinklefree.callbacks import newest_checkpoint
 from wrinklefree.config import RunConfig
 from wrinklefree.curriculum import phase_steps
 from wrinklefree.evaluation import heldout_loss, perplexity
+from wrinklefree.exporting import Exporter
 from wrinklefree.files import write_json, write_text, writing
 from wrinklefree.models import Start, build_start
 from wrinklefree.optim import train_gains_only
@@ -42,8 +43,12 @@ class Outcome:
     interrupted: Path | None = None
 
 
-def train(config: RunConfig) -> Outcome:
+def train(config: RunConfig, exporter: Exporter | None = None) -> Outcome:
     """Train, and write the run directory.
+
+    Args:
+        config: the run.
+        exporter: what writes `model.gguf`; None starts a process for it when it is time.
 
     Raises:
         UserError: for whatever the user can mend; nothing that was saved is lost.
@@ -102,7 +107,7 @@ def train(config: RunConfig) -> Outcome:
     if not is_first():
         return Outcome(None)
     loss_fp = reference.heldout_loss if reference else _original_loss(start, config, heldout)
-    return Outcome(_finish(config, start, ternary, reference, loss_fp, arms, directory, teacher))
+    return Outcome(_finish(config, start, ternary, reference, loss_fp, arms, directory, teacher, exporter or Exporter()))
 
 
 def _finish(
@@ -114,11 +119,14 @@ def _finish(
     arms: dict[str, Path],
     directory: Path,
     teacher: Teacher | None,
+    exporter: Exporter,
 ) -> dict[str, Any]:
-    plot_losses(directory / "loss.png", arms)
     say("exporting model.gguf and proving it ...")
-    proof = export(directory / "model", directory / "model.gguf")
-    text = sample(ternary.model, start.tokenizer, config.sample_prompt, config.training.seed)
+    with exporter:
+        exporter.start(directory / "model", directory / "model.gguf")
+        plot_losses(directory / "loss.png", arms)
+        text = sample(ternary.model, start.tokenizer, config.sample_prompt, config.training.seed)
+        proof = exporter.result()
     compared = None if loss_fp is None else "trained on the same tokens" if reference else "the original, not trained further"
     summary = {
         "model": config.model.name,
