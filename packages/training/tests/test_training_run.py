@@ -1,7 +1,9 @@
 """Whole runs through the command line, in this process."""
 
+import inspect
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausa
 from wrinklefree import exporting
 from wrinklefree.callbacks import read_metrics
 from wrinklefree.cli import main
+from wrinklefree.run import name_frozen_files
 
 
 @pytest.fixture(autouse=True)
@@ -231,6 +234,16 @@ def test_wandb_keeps_the_figures_offline_without_a_key(overrides, monkeypatch, t
     monkeypatch.setenv("HOME", str(tmp_path))
     directory = run(overrides, "training.wandb=auto", "training.compare_fp=false")
     assert list((directory / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_the_importers_own_frames_have_a_module_where_inspect_alone_searches_for_none(monkeypatch):
+    code = compile("0", "<frozen importlib._bootstrap>", "eval")
+    monkeypatch.setattr(inspect, "modulesbyfile", {})
+    assert inspect.getmodule(code) is None
+    monkeypatch.setattr(inspect, "modulesbyfile", {})
+    name_frozen_files()
+    assert inspect.getmodule(code) is sys.modules["importlib._bootstrap"]
+    assert set(inspect.modulesbyfile.values()) == {"importlib._bootstrap", "importlib._bootstrap_external"}
 
 
 def test_a_wrong_wandb_key_is_one_sentence(overrides, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """A whole run: both arms, then the model directory, its proven GGUF, the plot, a sample and the summary."""
 
 import copy
+import inspect
 import os
 import sys
 from collections.abc import Iterator
@@ -245,6 +246,7 @@ def wandb_logger(config: RunConfig, directory: Path) -> Iterator[Logger | None]:
     # Before the import: it fixes wandb's settings, and its remarks would bury ours.
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    name_frozen_files()
     import wandb
 
     has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
@@ -266,6 +268,18 @@ def wandb_logger(config: RunConfig, directory: Path) -> Iterator[Logger | None]:
         yield logger
     finally:
         run.finish()
+
+
+def name_frozen_files() -> None:
+    """Tell `inspect` which modules the importer's own code is of.
+
+    Pydantic asks that of every frame on the stack for a hundred of wandb's classes, and `inspect`, which finds no file of the
+    frozen ones, looks through all modules each time: half of wandb's import.
+    """
+    for name in ("importlib._bootstrap", "importlib._bootstrap_external"):
+        file = f"<frozen {name}>"
+        for key in (file, os.path.normcase(os.path.abspath(file))):  # noqa: PTH100 (as inspect writes it)
+            inspect.modulesbyfile.setdefault(key, name)
 
 
 def say(text: str) -> None:
