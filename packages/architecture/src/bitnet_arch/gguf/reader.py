@@ -119,7 +119,8 @@ class GgufFile:
 
 class _Cursor:
     def __init__(self, data: NDArray[np.uint8], path: Path) -> None:
-        self.data, self.path, self.at = data, path, 0
+        # Vocabularies are read item by item, which costs an array several times what it costs a view.
+        self.data, self.path, self.at = data.data, path, 0
 
     def fail(self, why: str) -> UserError:
         return UserError(f"{self.path} is not a usable GGUF file ({why}): export or download it again")
@@ -128,7 +129,7 @@ class _Cursor:
         if count < 0 or count > len(self.data) - self.at:
             raise self.fail("it ends too early")
         self.at += count
-        return self.data[self.at - count : self.at].tobytes()
+        return bytes(self.data[self.at - count : self.at])
 
     def scalar(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]

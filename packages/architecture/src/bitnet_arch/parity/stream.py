@@ -215,7 +215,8 @@ class LayerStream:
     ) -> nn.Module:
         """Return a block as a forward computes it; what its ternary products read is kept in `recorded`, by their names."""
         forward = self.forwards[name]
-        layer: nn.Module = copy.deepcopy(self._blocks()[index])
+        config = self._skeleton.config  # larger than a block without values, and nobody's to change
+        layer: nn.Module = copy.deepcopy(self._blocks()[index], {id(config): config})
         for module, weight in weights.items():
             record = None if recorded is None else partial(recorded.__setitem__, module)
             linear = Late(forward, weight, record)
