@@ -5,9 +5,9 @@ uv run python benchmarks/presets.py --presets dlm sft        # a part of it
 
 Start-up ends when the command names its run directory: imports, Hydra, and the checks of the configuration. "imports" is what
 `python -c "import torch, pytorch_lightning, transformers, hydra"` takes, once a round. Training ends when the export begins: it has
-the tokenizer, the teacher that is made on the spot, wandb's start, both evaluations, checkpoints, the model directory and the plot.
-The export is a process of its own, whose imports count with it, until its report lies beside the file. "proof" is what that took
-beyond `export --unproven`, which is run after the command, by itself. What is left after it is the sample and the summary.
+the tokenizer, the teacher that is made on the spot, wandb's start, both evaluations, checkpoints and the model directory. The
+export lasts until its report lies beside the file; the plot and the sample are made meanwhile. The rest is what of these is left,
+the summary and the end of the processes.
 
 The data cache is filled by the first command, as it is for a user; `--cold` gives every command an empty one. "cpu" columns are
 processor seconds of the command and its processes: on a machine that does other things they say more than the clock.
@@ -89,15 +89,12 @@ def timed(preset: str, folder: Path, threads: int, environment: dict[str, str]) 
         raise SystemExit(f"{preset} failed:\n{''.join(lines)}")
     end, used = time.perf_counter() - start, children_seconds() - before
     exported = (folder / "model.gguf.parity.json").stat().st_mtime - began
-    export = [sys.executable, "-m", "wrinklefree_inference", "export", str(folder / "model"), "--out", str(folder / "again.gguf")]
-    unproven, _ = run([*export, "--unproven"], environment)
     (started, started_cpu), (exporting, exporting_cpu) = marks[STARTED], marks[EXPORTING]
     return {
         "preset": preset,
         "start": started,
         "train": exporting - started,
         "export": exported - exporting,
-        "of it proof": exported - exporting - unproven,
         "rest": end - exported,
         "after start": end - started,
         "start cpu": started_cpu,
