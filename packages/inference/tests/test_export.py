@@ -1,6 +1,8 @@
 """`export`: a file takes its name only when it is proven, and what it says about itself."""
 
+import atexit
 import copy
+import gc
 import json
 import shutil
 import subprocess
@@ -39,6 +41,18 @@ def directory(model, tmp_path_factory):
 
 def names(folder):
     return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_process_that_ends_with_the_command_leaves_out_its_last_collection_and_a_call_does_not(monkeypatch):
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    monkeypatch.setattr(sys, "argv", ["wrinklefree_inference", "--help"])
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert at_exit == []
+    with pytest.raises(SystemExit):
+        main()
+    assert at_exit == [gc.freeze]
 
 
 def test_the_command_proves_a_model_on_1000_positions(directory, tmp_path, capsys):

@@ -1,3 +1,7 @@
+import atexit
+import gc
+import sys
+
 import pytest
 from bitnet_arch import UserError
 from wrinklefree.cli import compose_values, configs_directory, group_choices, load_run_config, main
@@ -77,6 +81,16 @@ def test_help_and_cfg_show_what_can_be_set(capsys):
     assert main(["--cfg", "training.max_steps=7"]) == 0
     assert "max_steps: 7" in capsys.readouterr().out
     assert main(["--max-steps", "7"]) == 2
+
+
+def test_a_process_that_ends_with_the_command_leaves_out_its_last_collection_and_a_call_does_not(monkeypatch):
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    monkeypatch.setattr(sys, "argv", ["train_lightning.py", "--help"])
+    assert main(["--help"]) == 0
+    assert at_exit == []
+    assert main() == 0
+    assert at_exit == [gc.freeze]
 
 
 def test_shares_of_the_run_become_steps():

@@ -1,5 +1,7 @@
 """Command line: `python -m wrinklefree [key=value ...]`, configured by Hydra's groups."""
 
+import atexit
+import gc
 import os
 import sys
 import time
@@ -125,7 +127,10 @@ def group_choices() -> dict[str, list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command line; return the exit code. Without `argv` it is this process's own, which then ends."""
+    if argv is None:
+        # Python's last collection would look at everything that was imported, for seconds, before the system takes it anyway.
+        atexit.register(gc.freeze)
     arguments = list(sys.argv[1:] if argv is None else argv)
     if any(argument in ("-h", "--help") for argument in arguments):
         groups = "\n".join(f"  {name:<12} {', '.join(choices)}" for name, choices in group_choices().items())
