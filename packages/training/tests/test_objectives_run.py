@@ -288,6 +288,41 @@ def test_of_a_correction_the_adapters_alone_are_trained(quick, pretrained, tmp_p
     assert not same(weights(random), weights(less))
 
 
+RISING = ["training.lambda_schedule=linear", "training.lambda_warmup_share=0.5", "training.relative_learning_rate=false"]
+
+
+@pytest.mark.parametrize("every", [0, 4])
+def test_rounding_noise_measures_no_auto_weight(quick, pretrained, every):
+    """Without norms and at lambda 0 the student is its teacher: what is left of a gradient says nothing of its size."""
+    settings = [*RISING, "model.norm=none", "training.max_steps=6", f"training.gradient_norms_every={every}"]
+    _, lines = ran(from_directory(quick, pretrained, ALL_THREE, *settings))
+    first, second = lines[:2]
+    assert first["lambda"] == 0 < second["lambda"]
+    assert first["objective_gradient/relations"] < 1e-6 * first["objective_gradient/ce"]
+    assert "objective_weight/relations" not in first
+    weighted = second["objective_weight/relations"] * second["objective_gradient/relations"]
+    assert weighted == pytest.approx(second["objective_gradient/ce"], rel=1e-4)
+    assert lines[2]["objective_weight/relations"] == second["objective_weight/relations"] < 1e5
+    assert max(line["grad_norm"] for line in lines) < 10 * first["grad_norm"]
+
+
+def test_an_auto_weight_is_measured_at_once_where_the_student_differs(quick, pretrained):
+    """The control: norms that were put in move the relations already at lambda 0."""
+    _, lines = ran(from_directory(quick, pretrained, ALL_THREE, *RISING, "model.norm=subln", "training.max_steps=2"))
+    assert lines[0]["lambda"] == 0
+    weighted = lines[0]["objective_weight/relations"] * lines[0]["objective_gradient/relations"]
+    assert weighted == pytest.approx(lines[0]["objective_gradient/ce"], rel=1e-4)
+    assert "objective_gradient/relations" not in lines[1]
+
+
+def test_what_cannot_be_measured_yet_counts_where_nothing_else_does(quick, pretrained):
+    phases = "curriculum.phases=[{until: 0.5, objectives: {ce: 0.0}}, {until: 1.0, objectives: {ce: 1.0}}]"
+    values = "objectives={ce: {weight: 2.0}, relations: {weight: auto, layer: -1, heads: 4}}"
+    _, lines = ran(from_directory(quick, pretrained, values, phases, *RISING, "model.norm=none", "training.max_steps=4"))
+    assert lines[0]["objective_weight/relations"] == 2.0
+    assert lines[1]["objective_weight/relations"] > 2.0
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

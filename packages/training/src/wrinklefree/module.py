@@ -27,6 +27,10 @@ from wrinklefree.views import Batch, model_logits
 
 __all__ = ["Batch", "TernaryModule", "model_logits"]
 
+NOISE = 1e-5
+"""Share of the reference's gradient norm below which an objective's measures nothing: rounding leaves 1e-8 in float32 where the
+student still is its teacher, and the first steps of a lambda warm-up have 1e-4 and more."""
+
 
 class _Batches:
     """An iterable of batches that shows Lightning no state: the module keeps the position.
@@ -123,13 +127,19 @@ class TernaryModule(pl.LightningModule):
         return self.peak_rate * share * self.point_at(step).learning_rate
 
     def weights_at(self, step: int) -> dict[str, float]:
-        """Return the weights of the objectives that count at a step (0-based), those of weight `auto` as last measured."""
+        """Return the weights of the objectives that count at a step (0-based), those of weight `auto` as last measured.
+
+        One that no step could measure yet does not count, unless there is nothing else to learn from.
+        """
+        factors = self._factors_at(step)
+        known = dict(self.auto) | {name: float(s.weight) for name, s in self.settings.items() if s.weight != AUTO}
+        known = {name: known[name] for name in factors if name in known} or dict.fromkeys(factors, self._reference_weight)
+        return {name: weight * factors[name] for name, weight in known.items()}
+
+    def _factors_at(self, step: int) -> dict[str, float]:
+        """Return the curriculum's factors of the objectives at a step, those of 0 left out."""
         factors = self.point_at(step).objectives
-        weights = {}
-        for name, settings in self.settings.items():
-            base = self.auto.get(name, self._reference_weight) if settings.weight == AUTO else float(settings.weight)
-            weights[name] = base * factors.get(name, 1.0)
-        return {name: weight for name, weight in weights.items() if weight}
+        return {name: factors.get(name, 1.0) for name in self.settings if factors.get(name, 1.0)}
 
     @property
     def _reference_weight(self) -> float:
@@ -228,10 +238,11 @@ class TernaryModule(pl.LightningModule):
     def _gradient_norms(self, batch: Batch, step: int) -> dict[str, float]:
         """Measure the norm of each objective's gradient, without its weight, when it is time, and set the weights that are `auto`.
 
-        It is that of the mean over the whole step, however this is cut.
+        It is that of the mean over the whole step, however this is cut. A norm that is rounding noise (`NOISE`) measures nothing: a
+        weight stays what it was, and one that was not measured yet is asked for again in the next step.
         """
         every = self.run_config.training.gradient_norms_every
-        active = list(self.weights_at(step))
+        active = list(self._factors_at(step))
         unknown = [name for name in active if self.settings[name].weight == AUTO and name not in self.auto]
         if not unknown and not (every and step % every == 0):
             return {}
@@ -244,8 +255,10 @@ class TernaryModule(pl.LightningModule):
             name: gradient_norm(self.objectives, self.model, parts, name, 1.0 / count, self._sum) for name, count in counts.items()
         }
         for name, norm in norms.items():
-            if self.settings[name].weight == AUTO and 0 < norm < float("inf"):
-                assert reference is not None
+            if self.settings[name].weight != AUTO:
+                continue
+            assert reference is not None
+            if norms[reference] and not norm <= NOISE * norms[reference]:  # what is no number ends the step, see there
                 self.auto[name] = self._reference_weight * norms[reference] / norm
         return norms
 
