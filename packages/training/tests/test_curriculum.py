@@ -149,3 +149,35 @@ def test_phases_that_cannot_be_meant_are_refused(phases, message):
     if "data" in phases:
         with pytest.raises(UserError, match="both set the sources' shares"):
             load_run_config(["mixture=odm", "curriculum.phases=[{until: 0.5, data: {code: 0.5, prose: 0.5}}]"])
+
+
+PAIR = ["objectives={ce: {}, layerwise: {}}", "mixture=odm", "training.max_steps=20"]
+SILENT = "curriculum.phases=[{until: 0.5, objectives: {ce: 0}}, {until: 1.0, objectives: {ce: 1}}]"
+QUIET = SILENT.replace("ce: 0", "ce: 0.1")
+FADING = "curriculum.phases=[{until: 0.5, interpolation: linear, objectives: {ce: 0}}]"
+AND_BACK = FADING.replace("}]", "}, {until: 1.0, interpolation: cosine, objectives: {ce: 1}}]")
+TO_THE_END = "curriculum.phases=[{until: 0.5, learning_rate: 0.5}, {until: 1.0, interpolation: linear, objectives: {ce: 0}}]"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([SILENT, "training.max_steps=6"], "^at step 1, the first of curriculum.phases.0, every objective has weight 0"),
+        ([FADING, "training.max_steps=6"], "^at step 4, the first behind curriculum.phases, every objective has weight 0"),
+        ([AND_BACK], "the first of curriculum.phases.1, every objective has weight 0"),
+        ([*PAIR, SILENT], "^at step 1, the first of curriculum.phases.0, the cross-entropy has weight 0, and mixture.method=odm"),
+        ([*PAIR, FADING], "^at step 11, the first behind curriculum.phases, the cross-entropy has weight 0"),
+    ],
+    ids=str,
+)
+def test_a_step_at_which_nothing_is_learnt_is_refused(more, message):
+    with pytest.raises(UserError, match=message):
+        load_run_config(more)
+
+
+@pytest.mark.parametrize("more", [[TO_THE_END], [*PAIR, TO_THE_END], [PAIR[0], SILENT], [PAIR[0], FADING], [*PAIR, QUIET]], ids=str)
+def test_a_weight_that_fades_to_the_end_or_leaves_others_is_none(more):
+    """The control: what reaches 0 with the last step was above it in every one."""
+    config = load_run_config(more)
+    points = [point_at(config.fitted_curriculum, step / config.training.max_steps) for step in range(config.training.max_steps)]
+    assert all(point.objectives.get("ce", 1.0) > 0 for point in points) or "layerwise" in config.objective_settings()

@@ -11,11 +11,12 @@ from wrinklefree.config.distributed import DistributedConfig
 from wrinklefree.config.mixture import MixtureConfig
 from wrinklefree.config.model import ModelConfig
 from wrinklefree.config.training import TrainingConfig
-from wrinklefree.curriculum import CurriculumConfig, ever_above_zero, fitted
+from wrinklefree.curriculum import CurriculumConfig, ever_above_zero, fitted, phase_steps, point_at
 from wrinklefree.mapping import require
 from wrinklefree.objectives import LogitsDivergence, ObjectiveSettings, parse_objectives
 from wrinklefree.objectives.diffusion import MaskedDiffusion
 from wrinklefree.objectives.settings import AUTO, diffusion_form, reference_of
+from wrinklefree.objectives.tokens import CrossEntropy
 from wrinklefree.teachers.settings import TeacherConfig
 
 
@@ -181,6 +182,28 @@ class RunConfig:
             not self.curriculum.phases or not all(phase.repeats_the_run(lambda_stays=stays) for phase in self.curriculum.phases),
             "curriculum.phases has no effect, since all of its factors are 1: change one, or leave it out",
         )
+        self._check_steps()
+
+    def _check_steps(self) -> None:
+        """Refuse a step at which no objective counts, or a mixture has no cross-entropy to look at.
+
+        A phase's first step tells: a factor that has left 0 there, or goes on to leave it, is above 0 in all of the phase's others.
+        """
+        settings, steps, total = self.objective_settings(), self.training.max_steps, self.curriculum_total
+        phases, first = self.fitted_curriculum, 0
+        for phase, count in enumerate(phase_steps(self.curriculum, total, steps)):
+            if count:
+                factors = point_at(phases, first / steps, total).objectives
+                counting = [item.objective for name, item in settings.items() if factors.get(name, 1.0)]
+                place = f"of curriculum.phases.{phase}" if phase < len(phases.phases) else "behind curriculum.phases"
+                where = f"at step {first + 1}, the first {place},"
+                require(bool(counting), f"{where} every objective has weight 0, and nothing is learnt: begin it with one above 0")
+                require(
+                    self.mixture.method == "none" or any(isinstance(objective, CrossEntropy) for objective in counting),
+                    f"{where} the cross-entropy has weight 0, and mixture.method={self.mixture.method} looks at it: begin it "
+                    "with a weight above 0",
+                )
+            first += count
 
     def objective_settings(self) -> dict[str, ObjectiveSettings]:
         """Return the objectives that count at any time of the run."""
