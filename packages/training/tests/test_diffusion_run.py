@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from wrinklefree import exporting
 from wrinklefree.callbacks import read_metrics
 from wrinklefree.cli import main
+from wrinklefree.objectives import diffusion
 
 DLM = "objectives={dlm: {block_size: 8}}"
 TCS = "objectives={tcs: {block_size: 8, top_k: 3, window: 2, hard: 0.5}}"
@@ -105,6 +106,19 @@ def test_two_processes_mask_and_train_as_one_does(quick, tmp_path):
         losses[name] = [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")]
     assert losses["two"][:4] == pytest.approx(losses["one"][:4], abs=1e-4)  # later, a ternary code at an edge may turn
     assert losses["two"] == pytest.approx(losses["one"], abs=5e-2)
+
+
+def test_no_row_is_masked_as_one_before_it(quick, monkeypatch):
+    """Masks are of the seed and a row's place in the data: the same place twice would be the same masks in every step."""
+    seen, step = [], diffusion.diffusion_step
+
+    def watched(model, batch, settings):
+        seen.append(batch["sample_index"].tolist())
+        return step(model, batch, settings)
+
+    monkeypatch.setattr(diffusion, "diffusion_step", watched)
+    _, lines = ran(quick, DLM, "training.rows_per_step=4", "training.micro_batch_rows=2")
+    assert seen == [[2 * i, 2 * i + 1] for i in range(2 * len(lines))]
 
 
 def test_the_seed_of_the_masks_changes_the_run(quick, tmp_path):

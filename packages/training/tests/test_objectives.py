@@ -277,6 +277,50 @@ def test_every_option_changes_the_loss(name, changes):
         assert float(changed / plain) == pytest.approx(0.25, rel=1e-5)
 
 
+def documents(data):
+    """Yield each document of a batch by itself: a row of its tokens, which needs no mask and has no padding."""
+    for row, of in enumerate(data["document_ids"]):
+        for document in range(1, int(of.max()) + 1):
+            ids = data["input_ids"][row, of == document][None]
+            yield {"input_ids": ids, "document_ids": torch.ones_like(ids), "position_ids": torch.arange(ids.shape[1])[None]}
+
+
+def logits_of(model, alone):
+    return model(input_ids=alone["input_ids"]).logits[0]
+
+
+def relation_of(states, heads):
+    """Return the paper's softmax(A A' / sqrt(D_r)) among a document's positions, its logarithm; states are `[1, H, T, D]`."""
+    a = states[0].transpose(0, 1).flatten(1).unflatten(1, (heads, -1)).transpose(0, 1)
+    scores = a @ a.mT / a.shape[-1] ** 0.5
+    return scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).log_softmax(-1)
+
+
+def divergences(log_t, log_s):
+    return (log_t.exp() * torch.where(log_t == -torch.inf, 0.0, log_t - log_s)).sum(-1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["scored", "attended", "relations"])
+def test_a_mean_is_over_the_positions_of_each_document_by_itself(name):
+    """The first position counts where all attended do; the last has no next token of its document; padding never counts."""
+    model, teacher, data, found = llama(0), llama(1), batch(), []
+    for alone in documents(data):
+        if name == "relations":
+            mine, theirs = (forward_views(m, alone, Needs(qkv=frozenset([1]))).qkv[1] for m in (model, teacher))
+            pairs = ((relation_of(t, 4), relation_of(s, 4)) for t, s in zip(theirs, mine, strict=True))
+            found += sum(divergences(*pair).mean(0) for pair in pairs).tolist()
+        else:
+            values = divergences(*(logits_of(m, alone).log_softmax(-1) for m in (teacher, model)))
+            found += values.tolist() if name == "attended" else values[:-1].tolist()
+    values = {"relations": {"layer": 1, "heads": 4}} if name == "relations" else {"logits": {"scope": name}}
+    objectives = build(values, model, local(teacher))
+    kind = next(iter(values))
+    assert int(objectives.counts(data, values)[kind]) == len(found)
+    assert float(means(objectives, model, data)[1][kind]) == pytest.approx(sum(found) / len(found), rel=1e-4)
+    assert int((data["document_ids"] == 0).sum()) > 0
+
+
 def test_blocks_that_read_the_teachers_states_feel_no_error_of_the_blocks_before():
     """Teacher-forced, a student that differs in its first block alone is off in that block alone; free-running, in all."""
     teacher, model = llama(0), llama(0)

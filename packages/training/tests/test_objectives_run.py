@@ -153,11 +153,12 @@ def test_a_logged_gradient_norm_is_that_which_the_optimiser_meets(quick, values,
     assert len({line["grad_norm"] for line in lines}) == 6
 
 
-def test_an_auto_weight_gives_a_gradient_the_norm_of_the_cross_entropys(quick):
-    _, lines = ran(quick, ALL_THREE, "training.gradient_norms_every=3")
+@pytest.mark.parametrize("ce", [1.0, 2.5])
+def test_an_auto_weight_gives_a_gradient_the_norm_of_the_weighted_cross_entropys(quick, ce):
+    _, lines = ran(quick, ALL_THREE.replace("ce: {}", f"ce: {{weight: {ce}}}"), "training.gradient_norms_every=3")
     for line in (lines[0], lines[3]):
         weighted = line["objective_weight/relations"] * line["objective_gradient/relations"]
-        assert weighted == pytest.approx(line["objective_gradient/ce"], rel=1e-4)
+        assert weighted == pytest.approx(ce * line["objective_gradient/ce"], rel=1e-4)
     assert (
         lines[1]["objective_weight/relations"] == lines[0]["objective_weight/relations"] != lines[3]["objective_weight/relations"]
     )

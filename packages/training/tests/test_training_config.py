@@ -113,3 +113,48 @@ def test_a_run_of_a_few_steps_is_not_mostly_evaluation(preset):
 def test_a_model_needs_weights_or_a_shape():
     with pytest.raises(UserError, match="exactly one of"):
         ModelConfig(name="x")
+
+
+PAPER = {"layer": -6, "heads": 32, "normalisation": "paper"}
+OFFICIAL = {"layer": -6, "heads": 32, "normalisation": "official", "causal": False, "per_head": True}
+CE = {"ce": {"weight": 1.0}}
+CONSTANTS = {
+    "base": CE,
+    "smoke": CE,
+    "stage1_subln": CE,
+    "stage1_9_layerwise": CE
+    | {
+        "forced": {"kind": "layerwise", "distance": "nmse", "mode": "teacher_forced"},
+        "free": {"kind": "layerwise", "distance": "nmse"},
+        "logits": {"weight": 1.0},
+    },
+    "stage2_pretrain": CE,
+    "stage3_distill": CE
+    | {
+        "logits": {"weight": 1.0, "temperature": 2.0, "tau_squared": True},
+        "relations": {"weight": "auto", "layer": -6, "heads": 32},
+    },
+    "bitdistill_full": CE | {"logits": {"weight": 10.0, "temperature": 5.0}, "relations": {"weight": 1e5} | PAPER},
+    "bitdistill_official": CE
+    | {
+        "logits": {"weight": 10.0, "temperature": 5.0, "tau_squared": True, "scope": "attended"},
+        "relations": {"weight": 1e5} | OFFICIAL,
+    },
+    "lrc_calibration": {"logits": {"weight": 1.0}},
+    "sft": CE,
+    "dlm": {"dlm": {"method": "fast_dllm_v2"}},
+    "tcs_distill": {"tcs": {"estimator": "topk", "top_k": 4, "window": 4, "hard": 0.5}},
+}
+
+
+def test_every_preset_has_its_constants():
+    """Those of BitDistill are published ones (arXiv 2510.13998, and its official code)."""
+    assert set(group_choices()["training"]) == set(CONSTANTS)
+    for preset, constants in CONSTANTS.items():
+        assert load_run_config([f"training={preset}"]).objectives == constants
+    full, official = (load_run_config([f"training=bitdistill_{name}"]).objective_settings() for name in ("full", "official"))
+    assert (full["relations"].objective.causal, full["relations"].objective.per_head) == (True, False)
+    assert (full["logits"].objective.tau_squared, full["logits"].objective.scope) == (False, "scored")
+    assert official["logits"].objective.direction == full["logits"].objective.direction == "forward"
+    phases = load_run_config(["training=stage1_9_layerwise"]).curriculum.phases
+    assert [(phase.until, phase.interpolation) for phase in phases] == [(0.3, "step"), (0.4, "linear"), (1.0, "linear")]
