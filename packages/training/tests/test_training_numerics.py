@@ -1,13 +1,17 @@
 import pytest
 import torch
 from bitnet_arch import bitlinear_layers
-from bitnet_arch.testing import tiny_bitnet
+from bitnet_arch.testing import tiny_bitnet, tiny_llama
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from wrinklefree import likelihood
 from wrinklefree.config import TrainingConfig
+from wrinklefree.evaluation import mean_gradient, mean_loss
 from wrinklefree.module import model_logits
 from wrinklefree.objective import token_loss_sum
 from wrinklefree.optim import parameter_groups, relative_rates
 from wrinklefree.schedules import LEARNING_RATE_SCHEDULES, learning_rate_share
+from wrinklefree.teachers import made
 
 
 def training(**changes):
@@ -30,6 +34,63 @@ def test_a_row_without_labels_adds_nothing():
     loss, count = token_loss_sum(torch.randn(1, 4, 5), torch.full((1, 4), -100))
     assert float(loss) == 0.0
     assert int(count) == 0
+
+
+class Rows(TorchDispatchMode):
+    """Remembers of how many tokens any operation makes something as wide as the vocabulary."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.most = vocabulary, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.ndim and tensor.shape[-1] == self.vocabulary:
+                self.most = max(self.most, tensor.numel() // self.vocabulary)
+        return out
+
+
+VOCABULARY, TIME, PIECE = 512, 24, 40
+
+
+def texts():
+    """Eight rows of two documents and padding."""
+    ids = torch.randint(1, VOCABULARY, (8, TIME), generator=torch.Generator().manual_seed(0))
+    document_ids = torch.tensor([1] * 12 + [2] * 8 + [0] * 4).expand_as(ids)
+    position_ids = torch.tensor([*range(12), *range(8), *[0] * 4]).expand_as(ids)
+    labels = torch.where((document_ids == 0) | (position_ids == 0), -100, ids)
+    return {"input_ids": ids, "labels": labels, "position_ids": position_ids, "document_ids": document_ids}
+
+
+def split(batch):
+    return [{name: value[row] for name, value in batch.items()} for row in range(8)]
+
+
+LOOKS = {
+    "loss": lambda model, batch: mean_loss(model, split(batch)),
+    "gradient": lambda model, batch: mean_gradient(model, split(batch)),
+    "teacher": lambda model, batch: made.train_float(model, batch, steps=1, rows_per_step=8),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_evaluations_and_the_teachers_training_never_hold_logits_of_all_tokens(look, monkeypatch):
+    monkeypatch.setattr(likelihood, "PIECE_ELEMENTS", PIECE * VOCABULARY)
+    monkeypatch.setattr(made, "BatchLoader", lambda stream, rows_per_step: [stream])
+    model, batch = tiny_llama(hidden=32, ffn=64, vocab=VOCABULARY), texts()
+    expected, count = token_loss_sum(model_logits(model, batch), batch["labels"])
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(expected / count, model.parameters())])
+    with Rows(VOCABULARY) as seen:
+        found = LOOKS[look](model, batch)
+    assert seen.most == PIECE
+    if look == "gradient":
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+    else:
+        assert found == pytest.approx(float((expected / count).detach()), rel=1e-5)
+    with Rows(VOCABULARY) as seen:  # the control
+        model_logits(model, batch)
+    assert seen.most == 8 * TIME
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from wrinklefree.diffusion import DiffusionSettings, diffusion_bound
-from wrinklefree.module import Batch, model_logits
-from wrinklefree.objective import token_loss_sum
+from wrinklefree.likelihood import next_token_loss
+from wrinklefree.views import Batch
 
 EVALUATION_ROWS = 8
 INFLUENCE_ROWS = 8
@@ -60,7 +60,7 @@ def mean_loss(model: PreTrainedModel, rows: Iterable[Batch]) -> float:
     total, count = 0.0, 0
     with constant_weights(model):
         for batch in in_batches(rows, model.device):
-            loss, tokens = token_loss_sum(model_logits(model, batch), batch["labels"])
+            loss, tokens = next_token_loss(model, batch)
             total, count = total + float(loss), count + int(tokens)
     model.train(was_training)
     return total / max(1, count)
@@ -73,7 +73,7 @@ def mean_gradient(model: PreTrainedModel, rows: Iterable[Batch]) -> Tensor:
     was_training, count = model.training, 0
     model.eval()
     for batch in in_batches(rows, model.device):
-        loss, tokens = token_loss_sum(model_logits(model, batch), batch["labels"])
+        loss, tokens = next_token_loss(model, batch)
         count += int(tokens)
         for sum_, gradient in zip(total, torch.autograd.grad(loss, parameters), strict=True):
             sum_ += gradient

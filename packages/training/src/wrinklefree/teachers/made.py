@@ -5,9 +5,8 @@ from bitnet_arch import UserError
 from data_handler import BatchLoader, PackedStream
 from transformers import PreTrainedModel
 
-from wrinklefree.objective import token_loss_sum
+from wrinklefree.likelihood import next_token_loss
 from wrinklefree.schedules import learning_rate_share
-from wrinklefree.views import model_logits
 
 RATE = 2e-3
 
@@ -23,7 +22,7 @@ def train_float(model: PreTrainedModel, stream: PackedStream, *, steps: int, row
     for step, batch in zip(range(steps), BatchLoader(stream, rows_per_step=rows_per_step), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = RATE * learning_rate_share("cosine", step, steps, round(0.05 * steps))
-        total, count = token_loss_sum(model_logits(model, batch), batch["labels"])
+        total, count = next_token_loss(model, batch)
         mean = total / count.clamp(min=1)
         optimizer.zero_grad(set_to_none=True)
         mean.backward()
