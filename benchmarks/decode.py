@@ -34,7 +34,7 @@ import gguf
 import numpy as np
 from bitnet_arch.gguf.floats import encode_float
 from bitnet_arch.gguf.types import TYPES
-from bitnet_kernels import Engine, TernaryMatrix, _native
+from bitnet_kernels import Engine, TernaryMatrix, timing
 from report import bar, finish, interleaved, median_ratio, parser
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -113,11 +113,11 @@ def ternary(rng: np.random.Generator, rows: int, columns: int) -> tuple[np.ndarr
     return TYPES[kind].encode(codes, np.float16(0.02)), None, TYPES[kind].ggml_id
 
 
-def to_read(nbytes: int) -> list[Any]:
+def to_read(nbytes: int) -> list[TernaryMatrix]:
     """Return matrices of so many bytes together."""
     left, matrices, scale = nbytes * 4 // READ_COLUMNS, [], np.ones(1, np.float32)
     while left > 0:
-        matrices.append(TernaryMatrix(np.zeros((min(left, READ_ROWS), READ_COLUMNS), np.int8), scale)._matrix)
+        matrices.append(TernaryMatrix(np.zeros((min(left, READ_ROWS), READ_COLUMNS), np.int8), scale))
         left -= READ_ROWS
     return matrices
 
@@ -227,8 +227,8 @@ def measure(name: str, file: Path, threads: int, options: Any) -> tuple[list[dic
         walls[what].append(perf_counter() - start)
 
     contenders: dict[str, Callable[[], object]] = {
-        "read": on_all(lambda thread: _native.time_read(reading[thread], DECODED)),
-        "peak": on_all(lambda _: _native.time_dot(DOTS)),
+        "read": on_all(lambda thread: timing.read_seconds(reading[thread], DECODED)),
+        "peak": on_all(lambda _: timing.dot_seconds(DOTS)),
         "prompt": lambda: compared("prompt", ours.prompt),
         "decode": lambda: compared("decode", ours.decode),
     }
@@ -244,7 +244,7 @@ def measure(name: str, file: Path, threads: int, options: Any) -> tuple[list[dic
     # Seconds that reading a token's weights takes, and that the prompt's products take, at the limits of each round.
     read_bytes = sum(matrix.nbytes for matrices in reading for matrix in matrices)
     read = [taken / DECODED * nbytes / read_bytes for taken in seconds["read"]]
-    operations = threads * _native.time_dot(DOTS)[1]
+    operations = threads * timing.dot_seconds(DOTS)[1]
     peak = [2 * weights * length / (operations / taken) for taken in seconds["peak"]]
     one = [taken / DECODED for taken in seconds["decode"]]
     shares = {"decode": median_ratio(read, one), "prompt": median_ratio(peak, seconds["prompt"])}

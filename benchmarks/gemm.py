@@ -20,7 +20,7 @@ from typing import Any
 import bitnet_kernels
 import ggml
 import numpy as np
-from bitnet_kernels import _native
+from bitnet_kernels import timing
 from gemv import DRAM, copies, isas, slices
 from report import bar, finish, interleaved, parser
 
@@ -41,16 +41,16 @@ def measure(tokens: int, megabytes: int, rounds: int) -> tuple[list[dict[str, An
     x = np.random.default_rng(1).standard_normal((tokens, columns), dtype=np.float32)
     one = slices(matrices, 1)
     theirs = ggml.Products("TQ2_0", codes, x, count, count)
-    contenders: dict[str, Callable[[], object]] = {"peak": lambda: _native.time_dot(DOTS)}
-    tiles = _native.time_tiles(TILES)[1]
+    contenders: dict[str, Callable[[], object]] = {"peak": lambda: timing.dot_seconds(DOTS)}
+    tiles = timing.tile_seconds(TILES)[1]
     if tiles:
-        contenders["peak of tiles"] = lambda: _native.time_tiles(TILES)
+        contenders["peak of tiles"] = lambda: timing.tile_seconds(TILES)
     for isa in isas():
-        contenders[isa] = lambda isa=isa: _native.time_kernel(one(), isa, x, 1)
+        contenders[isa] = lambda isa=isa: timing.kernel_seconds(one(), isa, x)
     contenders["ggml TQ2_0"] = theirs.run
     seconds = interleaved(contenders, rounds, thread_time)
     product = 2 * rows * columns * tokens
-    operations = dict.fromkeys(seconds, product) | {"peak": _native.time_dot(DOTS)[1], "peak of tiles": tiles}
+    operations = dict.fromkeys(seconds, product) | {"peak": timing.dot_seconds(DOTS)[1], "peak of tiles": tiles}
     lines, shares = [], {}
     for name, times in seconds.items():
         speeds = [operations[name] / taken for taken in times]
@@ -70,7 +70,7 @@ def main() -> None:
     arguments.add_argument("--tokens", type=int, nargs="+", default=[2, 4, 8, 16, 32, BAR_TOKENS, 512])
     arguments.set_defaults(rounds=15)
     args = arguments.parse_args()
-    if _native.time_dot(1)[1] == 0:
+    if timing.dot_seconds(1)[1] == 0:
         raise SystemExit(
             "this processor has no integer dot product that the benchmark knows: there is no peak to hold a product against"
         )

@@ -24,7 +24,7 @@ from typing import Any
 import bitnet_kernels
 import ggml
 import numpy as np
-from bitnet_kernels import TernaryMatrix, _native
+from bitnet_kernels import TernaryMatrix, timing
 from report import bar, finish, interleaved, median_ratio, parser
 
 DRAM = (6912, 2560)
@@ -39,13 +39,13 @@ A_CALL = 12
 Rows = list[dict[str, Any]]
 
 
-def copies(rows: int, columns: int, count: int) -> tuple[np.ndarray, list[Any]]:
+def copies(rows: int, columns: int, count: int) -> tuple[np.ndarray, list[TernaryMatrix]]:
     """Return random codes and packed matrices of them, in memory of their own."""
     codes = np.random.default_rng(0).integers(-1, 2, (rows, columns), dtype=np.int8)
-    return codes, [TernaryMatrix(codes, np.array([0.02], np.float32))._matrix for _ in range(count)]
+    return codes, [TernaryMatrix(codes, np.array([0.02], np.float32)) for _ in range(count)]
 
 
-def slices(matrices: list[Any], size: int) -> Callable[[], list[Any]]:
+def slices(matrices: list[TernaryMatrix], size: int) -> Callable[[], list[TernaryMatrix]]:
     """Return a function that returns the next `size` of the matrices, over and over: whoever asks, nobody finds a warm one."""
     parts = cycle([matrices[i : i + size] for i in range(0, len(matrices) - size + 1, size)])
     return lambda: next(parts)
@@ -74,10 +74,10 @@ def from_memory(megabytes: int, rounds: int) -> tuple[Rows, Rows]:
     x = np.random.default_rng(1).standard_normal((1, columns), dtype=np.float32)
     some = slices(matrices, A_CALL)
     theirs = ggml.Products("TQ2_0", codes, x, count, count // A_CALL)
-    contenders: dict[str, Callable[[], object]] = {"read": lambda: _native.time_read(some(), 1)}
+    contenders: dict[str, Callable[[], object]] = {"read": lambda: timing.read_seconds(some())}
     for isa in isas():
-        contenders[isa] = lambda isa=isa: _native.time_kernel(some(), isa, x, 1)
-    contenders["product"] = lambda: _native.time_products(some(), bitnet_kernels.isa(), x, 1)
+        contenders[isa] = lambda isa=isa: timing.kernel_seconds(some(), isa, x)
+    contenders["product"] = lambda: timing.product_seconds(some(), x)
     contenders["ggml TQ2_0"] = theirs.run
     bitnet_kernels.set_threads(1)
     seconds = interleaved(contenders, rounds, thread_time)
@@ -94,9 +94,9 @@ def from_memory(megabytes: int, rounds: int) -> tuple[Rows, Rows]:
 
         def read() -> None:
             part = half()
-            list(pool.map(_native.time_read, (part[::2], part[1::2]), (1, 1)))
+            list(pool.map(timing.read_seconds, (part[::2], part[1::2])))
 
-        both = interleaved({"read": read, "product": lambda: _native.time_products(half(), best, x, 1)}, rounds)
+        both = interleaved({"read": read, "product": lambda: timing.product_seconds(half(), x)}, rounds)
     bitnet_kernels.set_threads(1)
     lines += table(f"{rows}x{columns} DRAM, 2 threads", both, nbytes, count // 2, "read")
     bars.append(bar("share of read bandwidth, 2 threads, DRAM", median_ratio(both["read"], both["product"]), ">=", 0.85))
@@ -110,10 +110,10 @@ def from_cache(rounds: int) -> tuple[Rows, Rows]:
         codes, matrices = copies(rows, columns, 1)
         x = np.random.default_rng(1).standard_normal((1, columns), dtype=np.float32)
         repeats = 40_000_000 // codes.size
-        contenders: dict[str, Callable[[], object]] = {"read": lambda m=matrices, n=repeats: _native.time_read(m, n)}
+        contenders: dict[str, Callable[[], object]] = {"read": lambda m=matrices, n=repeats: timing.read_seconds(m, n)}
         for isa in isas():
-            contenders[isa] = lambda m=matrices, isa=isa, x=x, n=repeats: _native.time_kernel(m, isa, x, n)
-        contenders["product"] = lambda m=matrices, x=x, n=repeats: _native.time_products(m, best, x, n)
+            contenders[isa] = lambda m=matrices, isa=isa, x=x, n=repeats: timing.kernel_seconds(m, isa, x, n)
+        contenders["product"] = lambda m=matrices, x=x, n=repeats: timing.product_seconds(m, x, n)
         seconds = interleaved(contenders, rounds, thread_time)
         lines += table(f"{rows}x{columns} cache", seconds, {"read": matrices[0].nbytes}, repeats, "read")
         share = median_ratio(seconds["read"], seconds[best])

@@ -19,7 +19,7 @@ from typing import Any
 import bitnet_kernels
 import ggml
 import numpy as np
-from bitnet_kernels import BLOCK_TYPES, BlockMatrix, _native
+from bitnet_kernels import BLOCK_TYPES, BlockMatrix, timing
 from gemv import copies, isas
 from report import bar, finish, interleaved, median_ratio, parser
 
@@ -42,9 +42,10 @@ def measure(kind: str, rows: int, tokens: int, rounds: int) -> tuple[list[dict[s
     results: dict[str, Any] = {}
 
     def product(isa: str) -> None:
-        results[isa] = head._matrix.matmul(isa, x)
+        bitnet_kernels.use_isa(isa)
+        results[isa] = head.matmul(x)
 
-    contenders: dict[str, Callable[[], object]] = {"read": lambda: _native.time_read(ternary, 1)}
+    contenders: dict[str, Callable[[], object]] = {"read": lambda: timing.read_seconds(ternary)}
     for isa in isas():
         contenders[isa] = lambda isa=isa: product(isa)
     contenders["ggml"] = theirs.run

@@ -251,6 +251,7 @@ T* at(uintptr_t address) {
 
 NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);  // a matrix may well live as long as the interpreter
+  m.attr("MOST_COLUMNS") = wf::kMostColumns;
   m.def("available_isas", [] {
     std::vector<std::string> names;
     for (int i = 0; i <= static_cast<int>(wf::Isa::i8mm); ++i) {
@@ -326,7 +327,7 @@ NB_MODULE(_native, m) {
       .def("append", &Kv::append)
       .def("attention", &Kv::attention);
 
-  // For the benchmarks: loops over matrices that no interpreter slows down, and what the processor can do at best.
+  // timing.py: loops over matrices that no interpreter slows down, and what the processor can do at best. Arrays are checked there.
   m.def("time_kernel", [](const std::vector<const Matrix*>& matrices, const std::string& isa, Input<float> x, int repeats) {
     const wf::Kernels& found = kernels(isa);
     const wf::OwnedActivations q(found, x.data(), static_cast<int64_t>(x.shape(0)), static_cast<int64_t>(x.shape(1)));

@@ -5,7 +5,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-MOST_COLUMNS = 2**23
+from bitnet_kernels import _native
+
+MOST_COLUMNS = _native.MOST_COLUMNS
 """A row's codes 0..2 times activations up to 127 add up to less than 2^31."""
 MOST_ELEMENTS = 2**36
 """As many weights, activations or results as one call takes: no size in bytes overflows on its way."""

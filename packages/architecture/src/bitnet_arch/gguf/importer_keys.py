@@ -26,7 +26,10 @@ MICROSOFT = ("bitnet-25", "bitnet-b1.58")
 FAMILY_OF = {name: family for family, (name, _) in STOCK.items()} | dict.fromkeys(MICROSOFT, "bitnet")
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 MOST_COLUMNS = 2**23
-"""Of a ternary matrix: int32 sums of 8-bit activations are exact up to there (`bitnet_kernels`)."""
+"""Of a ternary matrix: int32 sums of 8-bit activations are exact up to there.
+
+`bitnet_kernels` has the same limit (ternary.h), and need not be installed here; tests/test_native_reader.py compares the two.
+"""
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
