@@ -16,70 +16,22 @@ from bitnet_arch.diffusion import add_mask_token
 from bitnet_arch.gguf import export_gguf, from_gguf, read_gguf
 from bitnet_arch.gguf.fuzz import mutate
 from bitnet_arch.lrc.model import start_lrc
-from bitnet_arch.testing import assert_equal_up_to_edges, random_model, softened, tiny_bitnet, tiny_llama, tiny_tokenizer
+from bitnet_arch.testing import (
+    FORMS,
+    ODD_SHAPE,
+    assert_equal_up_to_edges,
+    convert_calibrated,
+    softened,
+    tiny_bitnet,
+    tiny_decoder,
+    tiny_llama,
+    tiny_tokenizer,
+)
 from bitnet_kernels import Engine, _native
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    BitNetConfig,
-    BitNetForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
-SHAPE = {
-    "vocab_size": 512,
-    "hidden_size": 96,
-    "intermediate_size": 224,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": None,
-}
-WIDE = SHAPE | {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}  # rows that every type can have
-LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}
-SLIDING = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
-STOCK_GEMMA = {"num_hidden_layers": 6, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 3, "rope_parameters": SLIDING}
-MAKERS = {
-    "bitnet": lambda: BitNetForCausalLM(BitNetConfig(**SHAPE, hidden_act="silu", tie_word_embeddings=True)),
-    "bitnet-2b4t": lambda: BitNetForCausalLM(BitNetConfig(**SHAPE, hidden_act="relu2", tie_word_embeddings=True)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True, tie_word_embeddings=True, rope_parameters=LLAMA3)),
-    "llama-untied": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, head_dim=32, mlp_bias=True)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
-    "qwen2-sliding": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, **LAYERS, use_sliding_window=True)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=32)),
-    "qwen3-linear": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=32, rope_parameters=LINEAR)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE | STOCK_GEMMA)),
-    "gemma3-capped": lambda: Gemma3ForCausalLM(
-        Gemma3TextConfig(**SHAPE, **LAYERS, head_dim=32, query_pre_attn_scalar=50, final_logit_softcapping=2.0)
-    ),
-}
-FORMS = {
-    "subln": {"norm": "subln"},
-    "subln-rows": {"norm": "subln", "granularity": "row"},
-    "subln-groups-rotated": {"norm": "subln", "granularity": "group128", "rotation": True},
-    "bitlinear": {"norm": "bitlinear"},
-    "allnorm": {"norm": "allnorm"},
-    "none": {"norm": "none"},
-}
+WIDE = ODD_SHAPE | {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}  # rows that every type can have
 ARCHITECTURES = {
     "bitnet-none": "bitnet",
     "llama-none": "llama",
@@ -123,8 +75,7 @@ def write(model, folder, kind="auto", **options):
 
 
 def form(model, name):
-    config = softened(**FORMS[name])
-    return convert_model(model, config, [TEXTS] if config.calibrates else None)
+    return convert_calibrated(model, softened(**FORMS[name]), [TEXTS])
 
 
 @torch.no_grad()
@@ -140,22 +91,22 @@ def engine_logits(path, texts=TEXTS, **options):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """Return a small file."""
-    return write(form(random_model(MAKERS["qwen3"]), "subln"), tmp_path_factory.mktemp("plain"))
+    return write(form(tiny_decoder("qwen3", ODD_SHAPE), "subln"), tmp_path_factory.mktemp("plain"))
 
 
 # ----------------------------------------------------------------------------------------------------- equal to training
 
 
-@pytest.mark.parametrize(("maker", "name"), CASES, ids=lambda value: value)
-def test_every_family_and_form_gives_the_logits_of_training(maker, name, tmp_path):
-    path = write(form(random_model(MAKERS[maker]), name), tmp_path)
-    expected = ARCHITECTURES.get(f"{maker}-{name}", "wrinklefree")
-    assert Engine(path).architecture == (expected if maker != "llama" or name == "none" else "wrinklefree")
+@pytest.mark.parametrize(("variant", "name"), CASES, ids=lambda value: value)
+def test_every_family_and_form_gives_the_logits_of_training(variant, name, tmp_path):
+    path = write(form(tiny_decoder(variant, ODD_SHAPE), name), tmp_path)
+    expected = ARCHITECTURES.get(f"{variant}-{name}", "wrinklefree")
+    assert Engine(path).architecture == expected
     assert_equal_up_to_edges(engine_logits(path), reference(path))
 
 
 def test_a_low_rank_correction_is_added(tmp_path):
-    model = start_lrc(form(random_model(MAKERS["llama"]), "subln"), 5)
+    model = start_lrc(form(tiny_decoder("llama", ODD_SHAPE), "subln"), 5)
     without = write(model, tmp_path)
     before = engine_logits(without)
     with torch.no_grad():
@@ -172,7 +123,7 @@ def test_a_low_rank_correction_is_added(tmp_path):
 @pytest.fixture(scope="module")
 def corrected(tmp_path_factory):
     """Return a file whose layers have a low-rank correction that says something."""
-    model = start_lrc(form(random_model(MAKERS["llama"]), "subln"), 5)
+    model = start_lrc(form(tiny_decoder("llama", ODD_SHAPE), "subln"), 5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("lrc_u"):
@@ -209,7 +160,7 @@ def test_a_low_rank_correction_that_is_no_number_is_refused_by_name(name, correc
 @pytest.mark.parametrize("kind", ["f16", "bf16", "tq1_0", "tq2_0", "q2_0", "i2_s"])
 @pytest.mark.parametrize("granularity", ["tensor", "row", "group128"])
 def test_every_type_of_matrix_with_every_scale(kind, granularity, tmp_path):
-    model = random_model(lambda: LlamaForCausalLM(LlamaConfig(**WIDE, tie_word_embeddings=True)))
+    model = tiny_decoder("llama-plain", WIDE, tie_word_embeddings=True)
     path = write(convert_model(model, ConversionConfig(norm="none", granularity=granularity)), tmp_path, kind)
     assert_equal_up_to_edges(engine_logits(path), reference(path))
 
@@ -231,7 +182,7 @@ def test_matrices_of_several_pieces_are_repacked_alike_by_any_number_of_threads(
 
 @pytest.mark.parametrize("embedding", ["f16", "bf16", "q8_0", "q6_k", "q4_1"])
 def test_every_type_of_embedding(embedding, tmp_path):
-    model = random_model(lambda: LlamaForCausalLM(LlamaConfig(**WIDE, tie_word_embeddings=False)))
+    model = tiny_decoder("llama-plain", WIDE)
     path = write(convert_model(model, ConversionConfig(norm="none")), tmp_path, embedding=embedding)
     assert_equal_up_to_edges(engine_logits(path), reference(path))
 
@@ -284,7 +235,8 @@ def test_microsofts_architectures_compute_relu2(architecture, tmp_path):
     "key", ["rope.freq_base", "attention.layer_norm_rms_epsilon", "attention.sliding_window", "embedding_scale"]
 )
 def test_what_a_file_says_is_what_is_computed(key, tmp_path):
-    model = random_model(lambda: Gemma3ForCausalLM(Gemma3TextConfig(**WIDE, **LAYERS, head_dim=64)))
+    changes = {"head_dim": 64, "query_pre_attn_scalar": 256, "final_logit_softcapping": None}
+    model = tiny_decoder("gemma3-capped", WIDE, **changes)
     path = write(form(model, "none"), tmp_path, "tq2_0")
     changed = tmp_path / "changed.gguf"
     changes = {
@@ -303,7 +255,7 @@ def test_what_a_file_says_is_what_is_computed(key, tmp_path):
 
 
 def test_a_position_far_into_the_context_is_turned_as_in_training(tmp_path):
-    model = random_model(lambda: LlamaForCausalLM(LlamaConfig(**SHAPE | {"max_position_embeddings": 600})))
+    model = tiny_decoder("llama-plain", ODD_SHAPE, max_position_embeddings=600)
     path = write(form(model, "subln"), tmp_path)
     texts = torch.randint(0, 511, (1, 600), generator=torch.Generator().manual_seed(2))
     found, expected = engine_logits(path, texts)[0], reference(path, texts)[0]
@@ -327,7 +279,7 @@ def test_a_prompt_can_be_cut_anywhere(plain, cut):
 
 @pytest.mark.parametrize("name", ["subln", "subln-groups-rotated"])
 def test_a_sequence_does_not_depend_on_the_others_in_its_batch(name, tmp_path):
-    path = write(form(random_model(MAKERS["gemma3-capped"]), name), tmp_path)
+    path = write(form(tiny_decoder("gemma3-capped", ODD_SHAPE), name), tmp_path)
     alone = Engine(path)
     engine = Engine(path, slots=6)
     lengths = [3, 12, 1, 7, 5, 9]
@@ -357,9 +309,9 @@ def test_the_number_of_threads_changes_nothing(tmp_path):
         assert torch.equal(engine_logits(path, texts), expected)
 
 
-@pytest.mark.parametrize("maker", ["bitnet-2b4t", "qwen3", "gemma3"])  # the three activations
-def test_every_instruction_set(maker, tmp_path):
-    path = write(form(random_model(MAKERS[maker]), "none"), tmp_path)
+@pytest.mark.parametrize("variant", ["bitnet-2b4t", "qwen3", "gemma3"])  # the three activations
+def test_every_instruction_set(variant, tmp_path):
+    path = write(form(tiny_decoder(variant, ODD_SHAPE), "none"), tmp_path)
     expected = reference(path)
     for isa in bitnet_kernels.available_isas():
         bitnet_kernels.use_isa(isa)
@@ -380,7 +332,7 @@ def test_a_shared_prefix_need_not_be_computed_again(plain):
 @pytest.mark.parametrize(("cache", "bound"), [("f16", 5e-3), ("int8", 3e-2)])
 @pytest.mark.parametrize("isa", bitnet_kernels.available_isas())
 def test_a_smaller_cache_rounds_and_little_more(cache, bound, isa, tmp_path):
-    path = write(form(random_model(MAKERS["qwen2-sliding"]), "subln"), tmp_path)
+    path = write(form(tiny_decoder("qwen2-sliding", ODD_SHAPE), "subln"), tmp_path)
     bitnet_kernels.use_isa(isa)
     exact, rounded = engine_logits(path), engine_logits(path, cache=cache)
     assert 0 < (exact - rounded).abs().mean() < bound * exact.abs().max()
@@ -410,9 +362,9 @@ def test_hidden_states_are_what_the_head_reads(plain):
     assert_equal_up_to_edges(torch.stack(found), expected)
 
 
-@pytest.mark.parametrize("maker", ["llama", "qwen2-sliding"])
-def test_a_block_sees_itself_in_both_directions(maker, tmp_path):
-    model = form(random_model(MAKERS[maker]), "subln")
+@pytest.mark.parametrize("variant", ["llama", "qwen2-sliding"])
+def test_a_block_sees_itself_in_both_directions(variant, tmp_path):
+    model = form(tiny_decoder(variant, ODD_SHAPE), "subln")
     tokenizer = tiny_tokenizer(511)
     model.resize_token_embeddings(511)
     add_mask_token(model, tokenizer, block_size=4, token_shift=False)
@@ -671,7 +623,7 @@ def test_while_a_step_runs_no_other_thread_touches_the_engine(plain, call):
 
 
 def test_a_tensor_that_lacks_or_is_too_many_is_named(tmp_path):
-    path = write(form(random_model(lambda: LlamaForCausalLM(LlamaConfig(**WIDE))), "subln"), tmp_path, "tq2_0")
+    path = write(form(tiny_decoder("llama-plain", WIDE), "subln"), tmp_path, "tq2_0")
     out = tmp_path / "changed.gguf"
     for name in read_gguf(path).tensors:
         if name in ("output.weight", "token_embd.weight"):
@@ -708,7 +660,7 @@ def test_a_tensor_that_lacks_or_is_too_many_is_named(tmp_path):
     ],
 )
 def test_a_key_that_cannot_be_is_named(key, value, says, tmp_path):
-    path = write(form(random_model(lambda: LlamaForCausalLM(LlamaConfig(**WIDE))), "subln"), tmp_path, "tq2_0")
+    path = write(form(tiny_decoder("llama-plain", WIDE), "subln"), tmp_path, "tq2_0")
     out = tmp_path / "changed.gguf"
     rewrite(path, out, change=lambda name, old: value if name == key else old)
     with pytest.raises(ValueError, match=says) as raised:
@@ -718,7 +670,7 @@ def test_a_key_that_cannot_be_is_named(key, value, says, tmp_path):
 
 @pytest.mark.parametrize(("embedding", "place"), [("f16", 1), ("bf16", 1), ("q8_0", 1), ("q6_k", 209), ("q4_1", 3)])
 def test_an_embedding_that_is_no_number_is_refused(embedding, place, tmp_path):
-    path = write(form(random_model(lambda: LlamaForCausalLM(LlamaConfig(**WIDE))), "none"), tmp_path, embedding=embedding)
+    path = write(form(tiny_decoder("llama-plain", WIDE), "none"), tmp_path, embedding=embedding)
     data, file = bytearray(path.read_bytes()), read_gguf(path)
     for name in ("token_embd.weight", "output.weight"):
         info = file.tensors[name]
@@ -733,7 +685,7 @@ def test_an_embedding_that_is_no_number_is_refused(embedding, place, tmp_path):
 @pytest.mark.parametrize("embedding", ["f16", "q8_0"])
 def test_logits_that_are_no_numbers_end_the_step(embedding, tmp_path):
     """Gains near the largest float make sums overflow, of finite numbers alone."""
-    path = write(form(random_model(lambda: LlamaForCausalLM(LlamaConfig(**WIDE))), "none"), tmp_path, embedding=embedding)
+    path = write(form(tiny_decoder("llama-plain", WIDE), "none"), tmp_path, embedding=embedding)
     data, info = bytearray(path.read_bytes()), read_gguf(path).tensors["output_norm.weight"]
     data[info.offset : info.offset + info.nbytes] = np.full(256, 3e38, np.float32).tobytes()
     (tmp_path / "large.gguf").write_bytes(data)
@@ -754,7 +706,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
 
 
 def test_matrices_that_are_not_ternary_are_refused(tmp_path):
-    path = write(form(random_model(lambda: LlamaForCausalLM(LlamaConfig(**WIDE))), "none"), tmp_path, "f16")
+    path = write(form(tiny_decoder("llama-plain", WIDE), "none"), tmp_path, "f16")
     data, file = bytearray(path.read_bytes()), read_gguf(path)
     at = file.tensors["blk.1.ffn_up.weight"].offset
     data[at : at + 2] = np.float16(0.777).tobytes()

@@ -9,9 +9,8 @@ from bitnet_arch.diffusion import add_mask_token
 from bitnet_arch.gguf import export_gguf, from_gguf
 from bitnet_arch.gguf.fuzz import assemble
 from bitnet_arch.gguf.reader import read_gguf
-from bitnet_arch.testing import assert_equal_up_to_edges, random_model, tiny_llama, tiny_tokenizer
+from bitnet_arch.testing import ODD_SHAPE, assert_equal_up_to_edges, tiny_decoder, tiny_llama, tiny_tokenizer
 from bitnet_kernels import Engine
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 HEADS = ("f16", "bf16", "q8_0", "q6_k", "q4_1")
 TEXTS = torch.randint(0, 511, (6, 12), generator=torch.Generator().manual_seed(5))
@@ -78,13 +77,8 @@ def test_every_instruction_set_gives_the_logits_of_training(isa, files, expected
 
 def test_a_window_or_a_block_that_is_wrong_by_one_is_no_rounding(tmp_path):
     """The control of the comparison with training: what it must not let through."""
-    sliding = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6, "use_sliding_window": True}
-    shape = {"hidden_size": 96, "intermediate_size": 224, "num_attention_heads": 6, "num_key_value_heads": 2}
-    config = Qwen2Config(vocab_size=511, num_hidden_layers=2, max_position_embeddings=128, eos_token_id=0, **shape, **sliding)
-    model, tokenizer = (
-        convert_model(random_model(lambda: Qwen2ForCausalLM(config)), ConversionConfig(norm="none")),
-        tiny_tokenizer(511),
-    )
+    decoder = tiny_decoder("qwen2-sliding", ODD_SHAPE | {"vocab_size": 511}, sliding_window=6)
+    model, tokenizer = convert_model(decoder, ConversionConfig(norm="none")), tiny_tokenizer(511)
     add_mask_token(model, tokenizer, block_size=4, token_shift=False)
     save_packed(model, tmp_path / "m", tokenizer)
     export_gguf(tmp_path / "m", tmp_path / "model.gguf")

@@ -10,9 +10,8 @@ from bitnet_arch import ConversionConfig, UserError, convert_model, save_packed
 from bitnet_arch.diffusion import add_mask_token
 from bitnet_arch.generation import DecodeOptions, decode
 from bitnet_arch.gguf import export_gguf, from_gguf, tokenizer_from_gguf
-from bitnet_arch.testing import random_model, tiny_llama, tiny_tokenizer
+from bitnet_arch.testing import SMALL_SHAPE, tiny_decoder, tiny_llama, tiny_tokenizer
 from bitnet_kernels import Engine
-from transformers import LlamaConfig, LlamaForCausalLM
 from wrinklefree_inference.native_blocks import decode_native
 
 SUBLN = ConversionConfig(norm="subln", gain="one")
@@ -37,9 +36,8 @@ def file(tmp_path_factory):
 
 def diffusion_file(folder, **form):
     """Write a diffusion model whose distributions differ from position to position."""
-    shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=511, num_hidden_layers=2, max_position_embeddings=512, eos_token_id=0, **shape)
-    model = random_model(lambda: LlamaForCausalLM(config))
+    shape = {"vocab_size": 511, "hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 512}
+    model = tiny_decoder("llama-plain", SMALL_SHAPE | shape)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "q_proj" in name or "k_proj" in name or "lm_head" in name:

@@ -18,72 +18,30 @@ from bitnet_arch import (
 )
 from bitnet_arch.gguf import export_gguf, from_gguf, read_gguf, tokenizer_from_gguf
 from bitnet_arch.modeling import form_of, ternary_config
-from bitnet_arch.testing import convert_calibrated, random_model, softened, tiny_bitnet, tiny_tokenizer
-from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    BitNetConfig,
-    BitNetForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
+from bitnet_arch.testing import (
+    FORMS,
+    LLAMA3_ROPE,
+    SMALL_SHAPE,
+    convert_calibrated,
+    softened,
+    tiny_bitnet,
+    tiny_decoder,
+    tiny_tokenizer,
 )
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitNetConfig, BitNetForCausalLM, Phi3Config, Phi3ForCausalLM
 
-SHAPE = {
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 320,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": None,
+SHAPE = SMALL_SHAPE | {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 320, "max_position_embeddings": 512}
+CHANGES = {
+    "qwen2-sliding": {"sliding_window": 4},
+    "gemma3-capped": {"sliding_window": 4, "final_logit_softcapping": 20.0, "attn_logit_softcapping": 30.0},
 }
-LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-MAKERS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True, tie_word_embeddings=True, rope_parameters=LLAMA3)),
-    "llama-untied": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, head_dim=64, mlp_bias=True)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
-    "qwen2-sliding": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, **LAYERS, use_sliding_window=True)),
-    "qwen3": lambda: Qwen3ForCausalLM(
-        Qwen3Config(**SHAPE, head_dim=64, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6})
-    ),
-    "gemma3": lambda: Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            **SHAPE, **LAYERS, head_dim=64, query_pre_attn_scalar=50, final_logit_softcapping=20.0, attn_logit_softcapping=30.0
-        )
-    ),
-}
-FORMS = {
-    "subln": {"norm": "subln"},
-    "subln-rows": {"norm": "subln", "granularity": "row"},
-    "subln-groups-rotated": {"norm": "subln", "granularity": "group128", "rotation": True},
-    "bitlinear": {"norm": "bitlinear"},
-    "allnorm": {"norm": "allnorm"},
-    "none": {"norm": "none"},
-}
+VARIANTS = ["llama", "llama-untied", "qwen2", "qwen2-sliding", "qwen3-linear", "gemma3-capped"]
 IDS = torch.randint(0, 512, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
-def make(family):
-    model = random_model(MAKERS[family])
+def make(variant):
+    model = tiny_decoder(variant, SHAPE, **CHANGES.get(variant, {}))
     model.config._attn_implementation = "eager"
     return model
 
@@ -107,9 +65,9 @@ def as_stored(directory):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", MAKERS)
-def test_a_file_gives_back_the_model(family, form, tmp_path):
-    converted = convert_calibrated(make(family), softened(**FORMS[form]), [IDS])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_file_gives_back_the_model(variant, form, tmp_path):
+    converted = convert_calibrated(make(variant), softened(**FORMS[form]), [IDS])
     save_packed(converted, tmp_path / "m", tiny_tokenizer())
     report = export_gguf(tmp_path / "m", tmp_path / "out.gguf", architecture="wrinklefree")
     assert report.architecture == "wrinklefree"
@@ -126,14 +84,14 @@ def test_a_file_gives_back_the_model(family, form, tmp_path):
 KEYS = {
     ("llama", "subln"): {"norm_placement": "subln", "attention.bias": True, "activation": "silu", "attention.qk_norm": False},
     ("qwen2-sliding", "none"): {"attention.sliding_window": 4, "attention.sliding_window_pattern": [True, False]},
-    ("qwen3", "subln-groups-rotated"): {
+    ("qwen3-linear", "subln-groups-rotated"): {
         "attention.qk_norm": True,
         "scale_granularity": "group128",
         "rotation": True,
         "rope.scaling.type": "linear",
         "rope.scaling.factor": 2.0,
     },
-    ("gemma3", "bitlinear"): {
+    ("gemma3-capped", "bitlinear"): {
         "activation": "gelu_tanh",
         "norm_placement": "bitlinear",
         "post_norms": True,
@@ -146,13 +104,13 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize(("family", "form"), KEYS, ids="-".join)
-def test_the_keys_say_what_the_model_is(family, form, tmp_path):
-    save_master(convert_calibrated(make(family), ConversionConfig(**FORMS[form]), [IDS]), tmp_path / "m", tiny_tokenizer())
+@pytest.mark.parametrize(("variant", "form"), KEYS, ids="-".join)
+def test_the_keys_say_what_the_model_is(variant, form, tmp_path):
+    save_master(convert_calibrated(make(variant), ConversionConfig(**FORMS[form]), [IDS]), tmp_path / "m", tiny_tokenizer())
     export_gguf(tmp_path / "m", tmp_path / "out.gguf")
     written = read_gguf(tmp_path / "out.gguf")
     assert written.metadata["general.architecture"] == "wrinklefree"
-    assert {key: written.metadata.get(f"wrinklefree.{key}") for key in KEYS[family, form]} == KEYS[family, form]
+    assert {key: written.metadata.get(f"wrinklefree.{key}") for key in KEYS[variant, form]} == KEYS[variant, form]
     has_norms = {name.rsplit(".", 1)[0] for name in written.tensors if ".in_norm." in name and name.startswith("blk.1")}
     matrices = {
         "none": [],
@@ -169,7 +127,7 @@ def test_the_keys_say_what_the_model_is(family, form, tmp_path):
 def test_what_the_file_says_matters(tmp_path):
     """Controls: each of these keys and tensors, read otherwise, changes the logits."""
     save_packed(
-        convert_model(make("gemma3"), ConversionConfig(norm="subln", rotation=True), [IDS]), tmp_path / "m", tiny_tokenizer()
+        convert_model(make("gemma3-capped"), ConversionConfig(norm="subln", rotation=True), [IDS]), tmp_path / "m", tiny_tokenizer()
     )
     export_gguf(tmp_path / "m", tmp_path / "out.gguf")
     right = logits(from_gguf(tmp_path / "out.gguf"))
@@ -191,11 +149,8 @@ def test_what_the_file_says_matters(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_model_of_microsofts_kind_is_ours(tied, tmp_path):
-    config = BitNetConfig(**SHAPE, hidden_act="relu2", tie_word_embeddings=tied)
-    torch.manual_seed(0)
-    save_packed(
-        convert_model(BitNetForCausalLM(config).float().eval(), ConversionConfig(norm="none")), tmp_path / "m", tiny_tokenizer()
-    )
+    model = tiny_decoder("bitnet-2b4t", SHAPE, tie_word_embeddings=tied)
+    save_packed(convert_model(model, ConversionConfig(norm="none")), tmp_path / "m", tiny_tokenizer())
     with pytest.raises(UserError, match=r"uses relu2, but llama\.cpp's bitnet computes SiLU"):
         export_gguf(tmp_path / "m", tmp_path / "out.gguf", architecture="bitnet")
     report = export_gguf(tmp_path / "m", tmp_path / "out.gguf")
@@ -211,10 +166,10 @@ def test_a_model_of_microsofts_kind_is_ours(tied, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["auto", "wrinklefree"])
-@pytest.mark.parametrize("family", MAKERS)
-def test_a_model_read_from_a_file_is_written_as_the_same_file(family, architecture, tmp_path):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_read_from_a_file_is_written_as_the_same_file(variant, architecture, tmp_path):
     form = FORMS["subln-groups-rotated"] if architecture == "wrinklefree" else FORMS["none"]
-    save_packed(convert_calibrated(make(family), ConversionConfig(**form), [IDS]), tmp_path / "m", tiny_tokenizer())
+    save_packed(convert_calibrated(make(variant), ConversionConfig(**form), [IDS]), tmp_path / "m", tiny_tokenizer())
     export_gguf(tmp_path / "m", tmp_path / "one.gguf", architecture=architecture)
     save_packed(from_gguf(tmp_path / "one.gguf"), tmp_path / "again", tokenizer_from_gguf(tmp_path / "one.gguf"))
     export_gguf(tmp_path / "again", tmp_path / "two.gguf", architecture=architecture)
@@ -231,7 +186,7 @@ def test_microsofts_norms_with_finer_scales(tmp_path):
 
 
 def test_master_and_packed_give_the_same_file(tmp_path):
-    converted = convert_model(make("qwen3"), ConversionConfig(norm="allnorm", granularity="row"), [IDS])
+    converted = convert_model(make("qwen3-linear"), ConversionConfig(norm="allnorm", granularity="row"), [IDS])
     save_master(converted, tmp_path / "m", tiny_tokenizer())
     save_packed(converted, tmp_path / "p", tiny_tokenizer())
     for form in "mp":
@@ -260,10 +215,10 @@ def test_weights_that_are_no_numbers_are_named(tmp_path):
 
 def test_rotary_positions_that_cannot_be_read_back_are_refused(tmp_path):
     for rope, sentence in (
-        (LLAMA3 | {"high_freq_factor": 9.0}, "cannot be told from a file"),
+        (LLAMA3_ROPE | {"high_freq_factor": 9.0}, "cannot be told from a file"),
         ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "of kind 'dynamic' cannot be exported"),
     ):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=rope))
+        model = tiny_decoder("llama-plain", SHAPE, rope_parameters=rope)
         save_packed(convert_model(model, ConversionConfig(norm="none")), tmp_path / "m", tiny_tokenizer())
         with pytest.raises(UserError, match=sentence):
             export_gguf(tmp_path / "m", tmp_path / "out.gguf")

@@ -1,14 +1,21 @@
 """Tiny models and a tokenizer for tests, here so that every package's tests share them."""
 
 import pydoc_data.topics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from bitnet_arch.convert import ConversionConfig, convert_model
 from bitnet_arch.modeling import Placement
@@ -39,6 +46,59 @@ SMALL_SHAPE: dict[str, int | None] = {
 }
 """Sizes of a decoder of any family that is made in milliseconds."""
 
+ODD_SHAPE = SMALL_SHAPE | {
+    "vocab_size": 512,
+    "hidden_size": 96,
+    "intermediate_size": 224,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 128,
+}
+"""Sizes that blocks of 64 or 256 weights do not divide, and groups of three heads."""
+
+LLAMA3_ROPE: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_LINEAR_ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}
+_GEMMA_ROPES = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+_TIED = {"tie_word_embeddings": True}
+_SLIDING = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3}
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bitnet": ("bitnet", {**_TIED, "hidden_act": "silu"}),
+    "bitnet-2b4t": ("bitnet", {**_TIED, "hidden_act": "relu2"}),
+    "llama": ("llama", {**_TIED, "attention_bias": True, "rope_parameters": LLAMA3_ROPE}),
+    "llama-plain": ("llama", {}),
+    "llama-biases": ("llama", {"attention_bias": True}),
+    "llama-untied": ("llama", {"mlp_bias": True}),
+    "qwen2": ("qwen2", _TIED),
+    "qwen2-sliding": ("qwen2", {**_SLIDING, "use_sliding_window": True}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-linear": ("qwen3", {"rope_parameters": _LINEAR_ROPE}),
+    "gemma3": (
+        "gemma3_text",
+        {"num_hidden_layers": 6, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 3, "rope_parameters": _GEMMA_ROPES},
+    ),
+    "gemma3-capped": ("gemma3_text", {**_SLIDING, "query_pre_attn_scalar": 50, "final_logit_softcapping": 2.0}),
+}
+"""Decoders that differ in what a file has to say of them: their `model_type`, and its configuration beside the sizes."""
+
+_WIDE_HEADS = {"llama-untied", "qwen3", "qwen3-linear", "gemma3-capped"}
+
+FORMS: dict[str, dict[str, Any]] = {
+    "subln": {"norm": "subln"},
+    "subln-rows": {"norm": "subln", "granularity": "row"},
+    "subln-groups-rotated": {"norm": "subln", "granularity": "group128", "rotation": True},
+    "bitlinear": {"norm": "bitlinear"},
+    "allnorm": {"norm": "allnorm"},
+    "none": {"norm": "none"},
+}
+"""Arguments of conversions that together use every norm placement, granularity and rotation."""
+
 
 def random_model(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     """Seed torch and make a float32 model in evaluation mode whose norms and biases are not ones and zeros, the same every time."""
@@ -50,6 +110,20 @@ def random_model(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+def tiny_decoder(variant: str, shape: Mapping[str, Any] = SMALL_SHAPE, **changes: Any) -> PreTrainedModel:
+    """Return a `random_model` of one of `VARIANTS`.
+
+    Args:
+        variant: its name.
+        shape: sizes. Some variants have a number of layers or a head's width of their own, or heads twice as wide as usual.
+        **changes: of the configuration, after all else.
+    """
+    model_type, own = VARIANTS[variant]
+    wide = {"head_dim": 2 * shape["hidden_size"] // shape["num_attention_heads"]} if variant in _WIDE_HEADS else {}
+    config = AutoConfig.for_model(model_type, **{**shape, **wide, **own, **changes})
+    return random_model(lambda: AutoModelForCausalLM.from_config(config))
 
 
 def softened(norm: Placement, **more: Any) -> ConversionConfig:

@@ -7,7 +7,6 @@ what `gguf_fuzz.cpp` does with it.
 import random
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,65 +16,33 @@ from bitnet_arch.diffusion import add_mask_token
 from bitnet_arch.gguf import export_gguf, read_gguf
 from bitnet_arch.gguf.fuzz import assemble
 from bitnet_arch.lrc.model import start_lrc
-from bitnet_arch.testing import random_model, tiny_tokenizer
-from transformers import (
-    BitNetConfig,
-    BitNetForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from bitnet_arch.testing import SMALL_SHAPE, tiny_decoder, tiny_tokenizer
+from transformers import PreTrainedModel
 
 TRAILER = 24
 WORDS = 19  # rows of embedding and head that a file keeps: an odd number, and small
 ROWS = ("token_embd.weight", "output.weight")
 
-SLIDING = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
-LAYERS: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 2}
-
-Make = Callable[[dict[str, Any]], PreTrainedModel]
-MODELS: dict[str, Make] = {
-    "bitnet": lambda c: BitNetForCausalLM(BitNetConfig(**c, hidden_act="silu", tie_word_embeddings=True)),
-    "llama": lambda c: LlamaForCausalLM(LlamaConfig(**c, attention_bias=True, mlp_bias=False)),
-    "qwen2": lambda c: Qwen2ForCausalLM(Qwen2Config(**c, tie_word_embeddings=True)),
-    "qwen3": lambda c: Qwen3ForCausalLM(Qwen3Config(**c, head_dim=16)),
-    "gemma3": lambda c: Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            **c | {"num_hidden_layers": 6}, head_dim=16, query_pre_attn_scalar=16, sliding_window=3, rope_parameters=SLIDING
-        )
-    ),
-    "gemma3-capped": lambda c: Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            **c | {"num_hidden_layers": 2}, **LAYERS, head_dim=32, query_pre_attn_scalar=50, final_logit_softcapping=2.0
-        )
-    ),
-}
-CASES: list[tuple[str, str, dict[str, Any], str, str, int]] = [  # name, model, form, type, embedding, width
+CASES: list[tuple[str, str, dict[str, Any], str, str, int]] = [  # name, variant, form, type, embedding, width
     ("bitnet", "bitnet", {"norm": "none"}, "q2_0", "f16", 64),
     ("bitnet-tq1", "bitnet", {"norm": "none"}, "tq1_0", "q6_k", 256),
-    ("llama", "llama", {"norm": "none"}, "f16", "q8_0", 64),
-    ("llama-i2s", "llama", {"norm": "none"}, "i2_s", "q4_1", 128),
+    ("llama", "llama-biases", {"norm": "none"}, "f16", "q8_0", 64),
+    ("llama-i2s", "llama-biases", {"norm": "none"}, "i2_s", "q4_1", 128),
     ("qwen2", "qwen2", {"norm": "none"}, "bf16", "bf16", 64),
     ("qwen3", "qwen3", {"norm": "none"}, "q2_0", "q8_0", 64),
     ("gemma3", "gemma3", {"norm": "none"}, "q2_0", "q4_1", 64),
     ("ours-rows", "qwen3", {"norm": "subln", "granularity": "row", "rotation": True}, "q2_0", "f16", 64),
-    ("ours-groups", "llama", {"norm": "allnorm", "granularity": "group128"}, "tq2_0", "q6_k", 256),
+    ("ours-groups", "llama-biases", {"norm": "allnorm", "granularity": "group128"}, "tq2_0", "q6_k", 256),
     ("ours-i2s", "gemma3-capped", {"norm": "bitlinear", "granularity": "group128"}, "i2_s", "q8_0", 128),
-    ("ours-lrc", "llama", {"norm": "subln"}, "q2_0", "q8_0", 64),
-    ("ours-share", "llama", {"norm": "subln"}, "q2_0", "q8_0", 64),
+    ("ours-lrc", "llama-biases", {"norm": "subln"}, "q2_0", "q8_0", 64),
+    ("ours-share", "llama-biases", {"norm": "subln"}, "q2_0", "q8_0", 64),
     ("ours-diffusion", "qwen2", {"norm": "subln"}, "q2_0", "q8_0", 64),
 ]
 
 
-def model_of(name: str, kind: str, form: dict[str, Any], width: int) -> PreTrainedModel:
-    """Return a random ternary model of one or two layers."""
-    shape = {
+def model_of(name: str, variant: str, form: dict[str, Any], width: int) -> PreTrainedModel:
+    """Return a random ternary model of one layer, where the variant has no number of its own."""
+    shape = SMALL_SHAPE | {
         "vocab_size": 300,
         "hidden_size": width,
         "intermediate_size": width,
@@ -83,12 +50,9 @@ def model_of(name: str, kind: str, form: dict[str, Any], width: int) -> PreTrain
         "num_attention_heads": width // 16,
         "num_key_value_heads": 1,
         "max_position_embeddings": 40,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-        "pad_token_id": None,
     }
     gain = {} if form["norm"] == "none" else {"gain": "one"}
-    model = convert_model(random_model(lambda: MODELS[kind](shape)), ConversionConfig(**form, **gain))
+    model = convert_model(tiny_decoder(variant, shape), ConversionConfig(**form, **gain))
     if name in ("ours-lrc", "ours-share"):
         model = start_lrc(model, 2 if name == "ours-lrc" else 0.1)
         with torch.no_grad():
@@ -121,9 +85,9 @@ def main(folder: Path) -> None:
     """Write the corpus."""
     folder.mkdir(parents=True, exist_ok=True)
     pick = random.Random(0)
-    for name, kind, form, matrix, embedding, width in CASES:
+    for name, variant, form, matrix, embedding, width in CASES:
         with tempfile.TemporaryDirectory() as scratch:
-            model, tokenizer = model_of(name, kind, form, width), tiny_tokenizer(300)
+            model, tokenizer = model_of(name, variant, form, width), tiny_tokenizer(300)
             if name == "ours-diffusion":
                 model.resize_token_embeddings(299)
                 tokenizer = tiny_tokenizer(299)
