@@ -552,6 +552,10 @@ def test_behind_a_cache_a_teacher_with_more_logits_is_refused_too(run, tmp_path,
         (["teacher.url=http://x"], "teacher.url belongs to a server"),
         (["teacher.kind=vllm", "teacher.url=http://x", "teacher.model=m", "teacher.timeout_s=inf"], "must be at most 1e6 seconds"),
         (
+            ["teacher.kind=vllm", "teacher.url=http://x", "teacher.model=m", "teacher.retries=11"],
+            "retries must be at most 10, not 11",
+        ),
+        (
             ["teacher.kind=sglang", "teacher.url=http://x", "teacher.model=m", "teacher.offload=true"],
             "offload has no effect on a server",
         ),

@@ -3,6 +3,8 @@
 import json
 import math
 import runpy
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import yaml
 from bitnet_arch import UserError
 from data_handler import collate, load_config
 from data_handler.mixture import InfluenceWeighted, Static, drive
+from data_handler.mixture.offline import Found
 from wrinklefree.cli import load_run_config
 from wrinklefree.mixture import main, settings_of
 from wrinklefree.objective import token_loss_sum
@@ -162,6 +165,22 @@ def test_a_method_writes_a_configuration_that_loads(method, settings, words, ove
     assert [s.weight for s in load_run_config([*rest, "data=mixed"]).data.sources] == weights
     assert command(method, overrides, *settings) == 2  # it is not overwritten
     assert "exists: give another name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["other place/my mix.yaml", "configs/data/mix.yaml"])
+def test_what_comes_next_can_be_typed_as_it_is_printed(out, overrides, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    found = Found(weights=(0.25, 0.75), trained_tokens=1, measured_tokens=0)
+    monkeypatch.setattr("wrinklefree.mixture.find", lambda *_: found)
+    assert command("odm", overrides, f"mixture.out='{out}'") == 0
+    *before, train = capsys.readouterr().out.partition("next:\n")[2].splitlines()
+    assert len(before) == (Path(out).parent != Path("configs/data"))
+    for line in before:
+        subprocess.run(line, shell=True, check=True)
+    *words, choice = shlex.split(train)
+    assert words == ["uv", "run", "python", "scripts/train_lightning.py"]
+    assert choice == f"data={Path(out).stem}"
+    assert Path(f"configs/data/{Path(out).name}").is_file()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shlex
 import shutil
 import sys
 
@@ -23,7 +24,7 @@ from bitnet_arch.testing import tiny_llama, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 from wrinklefree import exporting
 from wrinklefree.callbacks import read_metrics
-from wrinklefree.cli import main
+from wrinklefree.cli import load_run_config, main, report
 from wrinklefree.run import name_frozen_files
 
 
@@ -39,6 +40,23 @@ def run(overrides, *more):
     from pathlib import Path
 
     return Path(directory)
+
+
+@pytest.mark.parametrize(("installed", "shown"), [(True, "model.gguf"), (False, "model")], ids=["native engine", "without"])
+@pytest.mark.parametrize("runs", [True, False], ids=["llama.cpp", "ours"])
+def test_what_comes_next_can_be_typed_as_it_is_printed(installed, shown, runs, overrides, tmp_path, monkeypatch, capsys):
+    directory = tmp_path / "my run"
+    config = load_run_config([*overrides, f"output_dir={directory}"])
+    gguf = {"status": "proven", "note": "see model.gguf.parity.json", "runs": runs}
+    summary = {"ppl_ternary": 2.0, "ppl_fp": None, "likelihood": "exact", "fp": "", "sample": "", "gguf": gguf}
+    monkeypatch.setattr("bitnet_arch.parity.has_native_engine", lambda: installed)
+    report(config, summary)
+    lines = capsys.readouterr().out.partition("next:\n")[2].splitlines()
+    words = [shlex.split(line) for line in lines]
+    assert all(line[:3] == ["uv", "run", "wf"] for line in words)
+    found = {line[3]: line[4] for line in words}
+    file = {"serve": str(directory / "model.gguf")} if runs else {}
+    assert found == {"generate": str(directory / shown), "eval": str(directory / "model"), **file}
 
 
 def losses(directory):

@@ -173,12 +173,13 @@ def _train(config: RunConfig, *, is_command: bool) -> int:
         outcome = train(config, exporter)
     if outcome.interrupted is not None:
         print(
-            f"interrupted: saved {outcome.interrupted}; continue with the same command and output_dir={config.output_dir}",
+            f"interrupted: saved {outcome.interrupted}; continue with the same command and "
+            f"output_dir={quote(str(config.output_dir))}",
             file=sys.stderr,
         )
         return INTERRUPTED
     if outcome.summary is not None:
-        _report(config, outcome.summary)
+        report(config, outcome.summary)
         gguf = outcome.summary["gguf"]
         if gguf["status"] in ("failed", "refused"):
             directory = Path(config.output_dir)
@@ -189,7 +190,10 @@ def _train(config: RunConfig, *, is_command: bool) -> int:
     return DONE
 
 
-def _report(config: RunConfig, summary: dict[str, Any]) -> None:
+def report(config: RunConfig, summary: dict[str, Any]) -> None:
+    """Print what a finished run came to, and the commands that its model is for."""
+    from bitnet_arch.parity import has_native_engine
+
     directory = Path(config.output_dir)
     ternary, fp = summary["ppl_ternary"], summary["ppl_fp"]
     known = {"exact": "", "bounded": " (an upper bound)", "estimated": " (an estimate)"}[summary["likelihood"].partition(":")[0]]
@@ -205,11 +209,12 @@ def _report(config: RunConfig, summary: dict[str, Any]) -> None:
     status = gguf["status"] if plain else f"{gguf['status']}: {gguf['note']}"
     print(f"gguf:   {directory / 'model.gguf'} ({status})" if written else f"gguf:   not written: {gguf['note']}")
     print(f"curves: {directory / 'loss.png'}\n\nnext:")
-    served = quote(str(directory / ("model.gguf" if gguf["runs"] else "model")))
-    commands = [f'generate {served} "def main"']
+    model, file = (quote(str(directory / name)) for name in ("model", "model.gguf"))
+    # The native engine runs any file; without it, a directory runs in PyTorch.
+    commands = [f'generate {file if written and has_native_engine() else model} "def main"']
+    if gguf["runs"]:  # the server is llama.cpp's
+        commands.append(f"serve {file}")
     if summary["likelihood"] == "exact":  # tasks compare likelihoods
-        commands.append(f"eval {quote(str(directory / 'model'))} --tasks perplexity,sst2_local")
-    if gguf["runs"]:  # the server runs nothing but proven or labelled GGUF files
-        commands.insert(1, f"serve {served}")
+        commands.append(f"eval {model} --tasks perplexity,sst2_local")
     for command in commands:
         print(f"  uv run wf {command}")

@@ -6,6 +6,7 @@ The methods are `data_handler.mixture`'s; this is the shell that gives them a mo
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -195,8 +196,11 @@ def _find_and_write(config: RunConfig, method: str, settings: dict[str, Any]) ->
         print(f"{name:<20} {weight:.4f}")
     for comment in comments:
         print(comment)
-    chosen = f"data={out.stem}" if out.parent == Path("configs/data") else f"(move it to configs/data/ for data={out.stem})"
-    print(f"wrote {out}\n\nnext:\n  uv run python scripts/train_lightning.py {chosen}")
+    print(f"wrote {out}\n\nnext:")
+    groups = Path("configs/data")  # where `data=` looks
+    if out.parent.resolve() != groups.resolve():
+        print(f"  mkdir -p {groups} && cp {quote(str(out))} {groups}/")
+    print(f"  uv run python scripts/train_lightning.py data={quote(out.stem)}")
     return DONE
 
 

@@ -5,6 +5,8 @@ from typing import Literal
 
 from wrinklefree.mapping import require
 
+MOST_RETRIES = 10
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherConfig:
@@ -23,7 +25,7 @@ class TeacherConfig:
         cache_dir: keep its likeliest tokens there, and ask for none of them again; objectives must be of kind logits with a top_k.
         url: of a server, for example http://localhost:8000.
         timeout_s: seconds that a server's answer may take as a whole, however it comes; None 60.
-        retries: how often a failed request is repeated; None 3.
+        retries: how often a failed request is repeated, at most 10 times; None 3.
         concurrency: requests at a time; None 8.
         api_key_file: a file with the key of a server.
     """
@@ -68,6 +70,8 @@ class TeacherConfig:
         for name, least in (("timeout_s", 0.001), ("retries", 0), ("concurrency", 1)):
             value = getattr(self, name)
             require(value is None or value >= least, f"teacher.{name} must be at least {least}, not {value}")
+        # The wait before a try doubles: before the last of 10 it is over 4 minutes, of 20 three days.
+        require((self.retries or 0) <= MOST_RETRIES, f"teacher.retries must be at most {MOST_RETRIES}, not {self.retries}")
         # What a socket can wait for ends somewhere, and infinity is beyond it.
         require((self.timeout_s or 0) <= 1e6, f"teacher.timeout_s must be at most 1e6 seconds, not {self.timeout_s}")
         require(self.model is None or bool(self.model.strip()), "teacher.model is empty: name a model, or null for the original")
