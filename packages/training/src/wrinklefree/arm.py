@@ -85,25 +85,13 @@ def train_arm(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     module = TernaryModule(model.train(), train, config, identity, quantized=quantized, mixture=mixture, teacher=teacher)
     if resume is not None:
-        content = read_checkpoint(resume)
-        check_config(resume, content, config)
-        check_fits(resume, content, identity, module, module.groups)
-        check_teacher(resume, content, teacher.digest if teacher is not None else None)
-        del content
+        _check_checkpoint(resume, module, identity, config, teacher)
+    # What a replayed mixture decides is known: only the arm that it is of measures for it.
+    mixing = Mixing(steering or heldout, config.mixture.probes, title, config.training.eval_every if replay is None else None)
     interruption = Interruption()
-    training = config.training
-    mixing = Mixing(steering or heldout, config.mixture.probes, title, training.eval_every if replay is None else None)
-    callbacks = [
-        interruption,
-        Heldout(heldout, training.eval_every),
-        *([mixing] if module.mixture is not None else []),  # before those that log and save what it decides
-        *([Shares()] if any(phase.data for phase in config.curriculum.phases) else []),
-        Metrics(directory / "metrics.jsonl", title),
-        Progress(title),
-        Checkpoints(directory / "checkpoints", training.checkpoint_every, training.keep_checkpoints),
-    ]
+    callbacks = _callbacks(title, directory, heldout, config, mixing if module.mixture is not None else None)
     with interruption, _quiet_lightning():
-        trainer = build_trainer(config, callbacks, logger)
+        trainer = build_trainer(config, [interruption, *callbacks], logger)
         try:
             trainer.fit(module, ckpt_path=resume, weights_only=True)
         except SystemExit:  # Lightning's answer to a second Ctrl-C
@@ -125,6 +113,27 @@ def train_arm(
         newest_checkpoint(directory / "checkpoints"),
         [] if module.mixture is None else module.mixture.history,
     )
+
+
+def _check_checkpoint(path: Path, module: TernaryModule, identity: Identity, config: RunConfig, teacher: Teacher | None) -> None:
+    """Refuse a checkpoint that this arm cannot continue; what was read of it is given back."""
+    content = read_checkpoint(path)
+    check_config(path, content, config)
+    check_fits(path, content, identity, module, module.groups)
+    check_teacher(path, content, teacher.digest if teacher is not None else None)
+
+
+def _callbacks(title: str, directory: Path, heldout: PackedStream, config: RunConfig, mixing: Mixing | None) -> list[pl.Callback]:
+    """Return what accompanies an arm, in the order in which it acts."""
+    training = config.training
+    return [
+        Heldout(heldout, training.eval_every),
+        *([mixing] if mixing is not None else []),  # before those that log and save what it decides
+        *([Shares()] if any(phase.data for phase in config.curriculum.phases) else []),
+        Metrics(directory / "metrics.jsonl", title),
+        Progress(title),
+        Checkpoints(directory / "checkpoints", training.checkpoint_every, training.keep_checkpoints),
+    ]
 
 
 def _mixture(config: RunConfig, replay: History | None) -> Mixture | None:

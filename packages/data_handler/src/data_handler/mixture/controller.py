@@ -82,7 +82,7 @@ class MixtureController(Protocol):
 
 
 class Controller:
-    """The part that all methods share. A method overrides `_update`, and `_state`/`_restore` for what it remembers.
+    """The part that all methods share: weights that stay. A method overrides `_update`, and `_state`/`_restore` for what it keeps.
 
     Attributes:
         domains: their names, in the order of every array.
@@ -177,13 +177,15 @@ class Controller:
         self._restore(state)
 
     def _update(self, observation: Observation) -> Weights | None:
-        raise NotImplementedError
+        """Return what the weights become, which bounds then apply to; None: they stay."""
+        return None
 
     def _state(self) -> dict[str, Any]:
+        """Return what the method remembers beside the weights, as JSON has it."""
         return {}
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        pass
+        """Take back what `_state` returned, among the rest of a state."""
 
 
 class Static(Controller):
@@ -195,9 +197,6 @@ class Static(Controller):
         """Keep these weights (shares, or numbers in their ratio)."""
         super().__init__(domains, weights=weights)
 
-    def _update(self, observation: Observation) -> Weights | None:
-        return None
-
 
 class Stratified(Controller):
     """The same share for every domain: the baseline that no published method beats everywhere (Aioli, arXiv 2411.05735)."""
@@ -207,9 +206,6 @@ class Stratified(Controller):
     def __init__(self, domains: Sequence[str]) -> None:
         """Give every domain 1 / K."""
         super().__init__(domains)
-
-    def _update(self, observation: Observation) -> Weights | None:
-        return None
 
 
 def listed(values: ArrayLike) -> list[Any]:

@@ -13,6 +13,7 @@ import re
 import sysconfig
 import tokenize
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
@@ -69,15 +70,15 @@ class _Kept(Generic[T]):
             raise
 
 
-class _StdlibReader:
+class _StdlibReader(ABC):
     """One shard; a position counts documents."""
 
     def __init__(self, source: SourceConfig) -> None:
         self.source = source
 
+    @abstractmethod
     def texts(self) -> Iterator[str]:
         """Yield all documents."""
-        raise NotImplementedError
 
     def shards(self) -> Sequence[Shard]:
         """Return the standard library as one shard; its stamp is that of the files it is made from."""
