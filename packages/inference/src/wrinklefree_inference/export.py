@@ -42,6 +42,7 @@ ENGINES = ("auto", "llama.cpp", "native")
 NO_KERNELS = "bitnet-kernels, whose engine runs such files, is not installed"
 SMALL_MODEL = 20_000_000
 SMALL_POSITIONS, LARGE_POSITIONS = 1000, 64
+"""Positions that a proof takes of a model of fewer than `SMALL_MODEL` parameters, and of a larger one."""
 MAX_WINDOW = 128
 """Tokens a context has at most: the gate restarts it this often."""
 

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from wrinklefree_inference.models import EngineOptions, resolve_model, start_engine
 
 Emit = Callable[[str], None]
+"""Called with each piece of text as it comes."""
 
 # llama.cpp ends a text at these by their spelling, whatever a file declares; both engines must stop at the same place.
 END_OF_TEXT = frozenset({"<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end|>", "<|end_of_text|>", "<end_of_turn>"})
@@ -37,6 +38,7 @@ ENGINES = ("native", "llama.cpp")
 MAX_ENGINE_CONTEXT = 32768
 MAX_SEED = 2**32 - 2
 REPLACEMENT = "\ufffd"
+"""What a tokenizer makes of bytes that are no whole character yet."""
 
 
 @dataclass(frozen=True, kw_only=True)

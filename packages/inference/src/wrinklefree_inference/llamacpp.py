@@ -27,6 +27,7 @@ NAME = "llama.cpp (xllamacpp)"
 _READY = "listening on "
 _TIMEOUT = 600
 MAX_EXCESS = 1e-2
+"""How far from 0 the logarithm of a distribution's sum may be, see `normalized`."""
 IN_FLIGHT = 2
 """Requests at a time: the engine computes one after the other and writes one's 4,096 and more entries beside the next."""
 SMALL_FILE = 50_000_000

@@ -15,7 +15,7 @@ from bitnet_arch.errors import UserError
 from bitnet_arch.families import base_type, family_of, quantized_names
 from bitnet_arch.gguf.architectures import BITNET, model_keys, stored_rank
 from bitnet_arch.gguf.floats import EMBEDDING_TYPES, PLAIN, bf16_bytes, encode_float, tensor_bytes
-from bitnet_arch.gguf.names import LAYER_NAMES, gguf_name, interleave, rotary_heads
+from bitnet_arch.gguf.names import gguf_name, interleave, rotary_heads
 from bitnet_arch.gguf.rope import FACTORS, head_width, llama3_factors, rope_of
 from bitnet_arch.gguf.tokenizer import read_tokenizer
 from bitnet_arch.gguf.types import BF16, BY_ID, F16, F32, I2_S, TYPES, choose_type, encode_i2_s, f16_scales
@@ -23,16 +23,6 @@ from bitnet_arch.lrc.adapters import as_stored, layer_rank
 from bitnet_arch.modeling import TernaryForm, form_of
 from bitnet_arch.quant import GROUP, Granularity
 from bitnet_arch.weights import WeightReader
-
-__all__ = [
-    "BITNET",
-    "LAYER_NAMES",
-    "PROVENANCE_KEY",
-    "TensorPlan",
-    "encode",
-    "expected_metadata",
-    "plan_tensors",
-]
 
 PROVENANCE_KEY = "wrinklefree.provenance"
 EMBEDDINGS = ("token_embd.weight", "output.weight")

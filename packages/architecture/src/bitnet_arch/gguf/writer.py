@@ -15,13 +15,14 @@ from bitnet_arch.gguf.architectures import choose_architecture
 from bitnet_arch.gguf.floats import PLAIN, SIZES, TYPE_NAMES
 from bitnet_arch.gguf.pieces import encoded_pieces
 from bitnet_arch.gguf.plan import TensorPlan, expected_metadata, plan_tensors, stored_bytes
-from bitnet_arch.gguf.types import I2_S
+from bitnet_arch.gguf.types import I2_S, I2_S_BLOCK, TYPES
 from bitnet_arch.gguf.verify import file_differences
 from bitnet_arch.weights import WeightReader, open_weights
 
 # gguf-py does not know these yet; with sizes registered it writes the bytes it is given. I2_S has its tail by `stored_bytes`.
-gguf.GGML_QUANT_SIZES.setdefault(42, (64, 18))  # type: ignore[arg-type]
-gguf.GGML_QUANT_SIZES.setdefault(I2_S, (128, 32))  # type: ignore[arg-type]
+_Q2_0, _I2_S_SIZE = TYPES["q2_0"], (I2_S_BLOCK, I2_S_BLOCK // 4)
+gguf.GGML_QUANT_SIZES.setdefault(_Q2_0.ggml_id, (_Q2_0.block, _Q2_0.block_bytes))  # type: ignore[arg-type]
+gguf.GGML_QUANT_SIZES.setdefault(I2_S, _I2_S_SIZE)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _write(
             if plan.ggml_id in PLAIN:
                 writer.add_tensor_info(plan.name, plan.shape, np.dtype(PLAIN[plan.ggml_id]), stored_bytes(plan))
             else:
-                block, block_bytes = SIZES.get(plan.ggml_id, (128, 32))
+                block, block_bytes = SIZES.get(plan.ggml_id, _I2_S_SIZE)
                 byte_shape = (*plan.shape[:-1], plan.shape[-1] // block * block_bytes)
                 writer.add_tensor_info(plan.name, byte_shape, np.dtype(np.uint8), stored_bytes(plan), raw_dtype=plan.ggml_id)  # type: ignore[arg-type]
         writer.write_header_to_file()
