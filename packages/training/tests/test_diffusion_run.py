@@ -151,6 +151,14 @@ def test_a_pretrained_model_becomes_a_diffusion_model_and_its_bound_falls(quick,
     assert diffusion_of(load_model(again / "model").config) == diffusion_of(load_model(directory / "model").config)
 
 
+@pytest.mark.parametrize(
+    "objectives", ["dlm: {block_size: 8}, logits: {}", "tcs: {block_size: 8, top_k: 3, window: 2}, logits: {}"]
+)
+def test_logits_stand_beside_an_objective_that_adds_a_mask_token(quick, objectives):
+    _, lines = ran(quick, f"objectives={{{objectives}}}", "training.max_steps=2", "teacher.made_steps=1")
+    assert all(line["objective/logits"] > 0 for line in lines)
+
+
 @pytest.fixture
 def diffusing(tmp_path):
     """A float diffusion model, untrained."""

@@ -6,7 +6,8 @@ import copy
 import pytest
 import torch
 from bitnet_arch import ConversionConfig, UserError, convert_model
-from bitnet_arch.testing import tiny_llama
+from bitnet_arch.diffusion import add_mask_token
+from bitnet_arch.testing import tiny_llama, tiny_tokenizer
 from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
@@ -385,6 +386,21 @@ def test_a_wider_and_deeper_teacher_serves_relations_and_logits():
     assert objectives.objectives["relations"].layers(Shape.of(model), Shape.of(big)) == (1, 3)
     _, found = means(objectives, model, batch())
     assert all(value > 0 for value in found.values())
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_mask_token_that_the_student_alone_has_is_compared_with_nothing(direction):
+    model, teacher, data = llama(0, vocab=512), llama(1, vocab=512), batch()
+    values = {"logits": {"direction": direction}}
+    before = means(build(values, model, local(teacher)), model, data)[1]["logits"]
+    add_mask_token(model, tiny_tokenizer(512), block_size=4, token_shift=True)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[-1].mul_(9.0)
+    assert Shape.of(model).vocabulary == 513
+    torch.testing.assert_close(means(build(values, model, local(teacher)), model, data)[1]["logits"], before)
+    # The control: of a model that does not diffuse, a token more is another vocabulary.
+    with pytest.raises(UserError, match="logits of 512 tokens and the model of 513"):
+        build(values, llama(0, vocab=513), local(teacher))
 
 
 @pytest.mark.parametrize(

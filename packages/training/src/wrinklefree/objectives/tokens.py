@@ -60,7 +60,8 @@ class LogitsDivergence:
         temperature: both distributions are softened by it (BitDistill: 5).
         tau_squared: multiply by the square of the temperature, as the official code does and the paper does not.
         direction: "forward" is KL(teacher || student), "reverse" KL(student || teacher).
-        top_k: compare the teacher's k likeliest tokens and one bucket of all others; None compares the whole vocabulary.
+        top_k: compare the teacher's k likeliest tokens and one bucket of all others; None compares the whole vocabulary, but for
+            a mask token that only the student has (with k, it is among the others).
         scope: "scored" takes the positions whose next token has a label, "attended" all that are not padding (the official code).
     """
 
@@ -92,7 +93,7 @@ class LogitsDivergence:
         """Refuse a teacher of another vocabulary, and a top_k that is none."""
         if teacher is not None:
             require(
-                teacher.vocabulary == student.vocabulary,
+                teacher.vocabulary in (student.vocabulary, student.texts),
                 f"the teacher has logits of {teacher.vocabulary} tokens and the model of {student.vocabulary}: their distributions "
                 "cannot be compared, so choose a teacher of the model's own family",
             )
@@ -127,7 +128,9 @@ class LogitsDivergence:
 
         def loss(logits: Tensor, part: slice) -> Tensor:
             if self.top_k is None:
-                return scale * kl_divergence(logits, teacher.full(positions[part]), self.temperature, self.direction)
+                whole = teacher.full(positions[part])
+                # A mask token that the student alone has is never predicted (MDLM's zero masking probability).
+                return scale * kl_divergence(logits[:, : whole.shape[1]], whole, self.temperature, self.direction)
             top = teacher.top(positions[part], self.top_k, self.temperature)
             return scale * top_k_divergence(logits, *top, self.temperature, self.direction)
 

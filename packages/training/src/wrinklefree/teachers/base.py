@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from bitnet_arch.diffusion import diffusion_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -11,7 +12,12 @@ from wrinklefree.views import QKV, Batch, Needs
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """The sizes of a model that objectives depend on."""
+    """The sizes of a model that objectives depend on.
+
+    Attributes:
+        vocabulary: how many tokens it has logits of.
+        texts: how many of them texts are made of: without the mask token that a diffusion model has behind all others.
+    """
 
     layers: int
     hidden: int
@@ -19,19 +25,22 @@ class Shape:
     kv_heads: int
     head_size: int
     vocabulary: int
+    texts: int
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Shape":
         """Return a model's."""
         config: Any = model.config
-        heads = int(config.num_attention_heads)
+        heads, form = int(config.num_attention_heads), diffusion_of(model.config)
+        vocabulary = int(config.vocab_size)
         return cls(
             layers=int(config.num_hidden_layers),
             hidden=int(config.hidden_size),
             heads=heads,
             kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
             head_size=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
-            vocabulary=int(config.vocab_size),
+            vocabulary=vocabulary,
+            texts=vocabulary - (form is not None and form.mask_token_id == vocabulary - 1),
         )
 
 
