@@ -317,14 +317,17 @@ void decoder(const wf::FloatKernels& isa) {
         for (int64_t head = 0; head < kHeads; ++head) {
           const std::vector<float> key = normal(dim), value = normal(dim);
           isa.store(cache, head, position, key.data(), value.data());
-          std::vector<float> own_keys(elements), own_values(elements), own_scales(kHeads * kPositions);
-          const wf::KvCache own{type, kHeads, kPositions, dim, own_keys.data(), own_values.data(), own_scales.data(), own_scales.data()};
+          std::vector<float> own_keys(elements), own_values(elements), own_key_scales(key_scales.size()), own_value_scales(value_scales.size());
+          const wf::KvCache own{type, kHeads, kPositions, dim, own_keys.data(), own_values.data(), own_key_scales.data(), own_value_scales.data()};
           wf::store_kv(own, head, position, key.data(), value.data());
           const size_t size = static_cast<size_t>(dim * wf::bytes_of(type)), at = static_cast<size_t>(cache.row(head, position)) * size;
           const auto same = [&](const std::vector<float>& a, const std::vector<float>& b) {
             return std::memcmp(reinterpret_cast<const char*>(a.data()) + at, reinterpret_cast<const char*>(b.data()) + at, size) == 0;
           };
           if (!same(keys, own_keys) || !same(values, own_values)) fail("kept keys and values");
+          const auto row = static_cast<size_t>(cache.row(head, position));
+          if (key_scales[row] != own_key_scales[row] || value_scales[row] != own_value_scales[row]) fail("scales of keys and values");
+          if ((key_scales[row] > 0 && value_scales[row] > 0) != (type == wf::KvType::int8)) fail("scales that there are");
         }
       }
       const std::vector<float> q = normal(kQueries * dim);
