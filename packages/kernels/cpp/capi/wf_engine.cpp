@@ -125,8 +125,15 @@ wf_status wf_step_text(wf_engine* engine, int64_t slot, const char* text, wf_tok
     const auto held = engine->decoder->length(slot);
     if (!held) return fail(held.error());
     const int64_t room = engine->decoder->context() - *held;
-    std::vector<int32_t> tokens(static_cast<size_t>(room));
-    const int64_t found = tokenize(context, text, tokens.data(), room);
+    // As many as texts have, not as the context has, which may be billions; a text that has more is asked for again.
+    std::vector<int32_t> tokens(std::min(static_cast<size_t>(room), std::strlen(text) + 16));
+    int64_t found = tokenize(context, text, tokens.data(), static_cast<int64_t>(tokens.size()));
+    if (found > static_cast<int64_t>(tokens.size()) && found <= room) {
+      const int64_t expected = found;
+      tokens.resize(static_cast<size_t>(expected));
+      found = tokenize(context, text, tokens.data(), expected);
+      if (found > expected) found = -1;
+    }
     if (found < 0) return fail(WF_BAD_ARGUMENT, "the tokenizer cannot tell the tokens of the text");
     if (found > room) return fail(WF_CONTEXT_FULL, "the text has more tokens than the slot has room for: shorten it");
     const wf::Sequence sequence{slot, {tokens.data(), static_cast<size_t>(found)}};
@@ -140,9 +147,7 @@ wf_status wf_log_probabilities(float* logits, int64_t rows, int64_t count) {
   if (logits == nullptr && rows > 0) return missing();
   if (rows < 0 || count < 1) return fail(WF_BAD_ARGUMENT, "there are no logits");
   return guarded([&] {
-    for (int64_t row = 0; row < rows; ++row) {
-      if (const auto error = wf::log_probabilities(logits + row * count, count)) return fail(*error);
-    }
+    if (const auto error = wf::log_probabilities(logits, rows, count)) return fail(*error);
     return WF_OK;
   });
 }

@@ -96,14 +96,14 @@ WF_API wf_status wf_about(const wf_engine* engine, wf_info* info);
 WF_API wf_status wf_step(wf_engine* engine, const wf_sequence* sequences, int64_t count, int32_t rows, float* logits, float* hidden);
 
 /* A tokenizer of the caller's: writes at most `capacity` tokens of a text to `tokens`, and returns how many the text has, which may be
- * more, or a negative number if it has none that can be told. */
+ * more, or a negative number if it has none that can be told. It is called again, with room, where a text has more tokens than bytes. */
 typedef int64_t (*wf_tokenize)(void* context, const char* text, int32_t* tokens, int64_t capacity);
 
 /* Appends the tokens of a text to a slot; `logits` [vocabulary] of the last one and `count` of tokens may be null. */
 WF_API wf_status wf_step_text(wf_engine* engine, int64_t slot, const char* text, wf_tokenize tokenize, void* context, float* logits,
                               int64_t* count);
 
-/* Turns logits [rows, count] into logarithms of probabilities, in place. */
+/* Turns logits [rows, count] into logarithms of probabilities, in place; none is changed if one is not finite. */
 WF_API wf_status wf_log_probabilities(float* logits, int64_t rows, int64_t count);
 
 /* Makes the step that runs, or else the next one, return WF_CANCELLED. A step looks before each layer, before each product with the head

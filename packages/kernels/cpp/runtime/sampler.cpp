@@ -55,13 +55,18 @@ Result<int64_t> sample(const float* logits, int64_t count, const SamplerOptions&
   return order[static_cast<size_t>(std::min<int64_t>(drawn - until.begin(), static_cast<int64_t>(until.size()) - 1))];
 }
 
-std::optional<Error> log_probabilities(float* logits, int64_t count) {
-  if (!std::all_of(logits, logits + count, [](float logit) { return std::isfinite(logit); })) return Error{Kind::number, "a logit is not finite"};
-  const auto largest = static_cast<double>(*std::max_element(logits, logits + count));
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += std::exp(static_cast<double>(logits[i]) - largest);
-  const double shift = largest + std::log(sum);
-  for (int64_t i = 0; i < count; ++i) logits[i] = static_cast<float>(static_cast<double>(logits[i]) - shift);
+std::optional<Error> log_probabilities(float* logits, int64_t rows, int64_t count) {
+  float* end = logits + rows * count;
+  if (!std::all_of(logits, end, [](float logit) { return std::isfinite(logit); })) {
+    return Error{Kind::number, "a logit is not finite"};
+  }
+  for (float* row = logits; row < end; row += count) {
+    const auto largest = static_cast<double>(*std::max_element(row, row + count));
+    double sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += std::exp(static_cast<double>(row[i]) - largest);
+    const double shift = largest + std::log(sum);
+    for (int64_t i = 0; i < count; ++i) row[i] = static_cast<float>(static_cast<double>(row[i]) - shift);
+  }
   return {};
 }
 

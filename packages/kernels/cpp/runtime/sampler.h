@@ -19,8 +19,8 @@ struct SamplerOptions {
 // Chooses a token. The draw depends on the seed and on `index`, the number of the draw, alone: so texts do not depend on the batch.
 Result<int64_t> sample(const float* logits, int64_t count, const SamplerOptions& options, uint64_t index);
 
-// Turns logits into logarithms of probabilities, x - max - log(sum of e^(x - max)), in place: each within its own rounding to float32.
-// They are left alone if one is not finite.
-std::optional<Error> log_probabilities(float* logits, int64_t count);
+// Turns logits [rows, count] into logarithms of probabilities, x - max - log(sum of e^(x - max)), in place: each within its own rounding to
+// float32. All are left alone if one is not finite.
+std::optional<Error> log_probabilities(float* logits, int64_t rows, int64_t count);
 
 }  // namespace wf

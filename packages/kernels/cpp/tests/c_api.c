@@ -125,9 +125,16 @@ static int print_logits(const char* path, int count, char** tokens) {
   return 0;
 }
 
-/* The letters of a text; a space cannot be told. */
+static int64_t most_room; /* that a tokenizer was given */
+
+/* The letters of a text, an asterisk is 20 of them; a space cannot be told. */
 static int64_t letters(void* context, const char* given, int32_t* tokens, int64_t capacity) {
   ++*(int*)context;
+  if (capacity > most_room) most_room = capacity;
+  if (given[0] == '*') {
+    for (int64_t i = 0; i < capacity && i < 20; ++i) tokens[i] = (int32_t)i;
+    return 20;
+  }
   const int64_t count = (int64_t)strlen(given);
   for (int64_t i = 0; i < count; ++i) {
     if (given[i] == ' ') return -1;
@@ -198,6 +205,9 @@ static int errors(const char* path) {
   is_refused(engine, wf_log_probabilities(NULL, 1, 2), WF_BAD_ARGUMENT, "null");
   float infinite[] = {1.0F, 1.0F / 0.0F};
   is_refused(engine, wf_log_probabilities(infinite, 1, 2), WF_NOT_FINITE, "not finite");
+  float later[] = {1.0F, 2.0F, 1.0F, 0.0F / 0.0F};
+  is_refused(engine, wf_log_probabilities(later, 2, 2), WF_NOT_FINITE, "not finite");
+  CHECK(later[0] == 1.0F && later[1] == 2.0F && later[2] == 1.0F);
 
   is_refused(engine, wf_step_text(engine, 0, "a b", letters, &calls, NULL, NULL), WF_BAD_ARGUMENT, "tokenizer");
   is_refused(engine, wf_step_text(engine, 0, "", letters, &calls, NULL, NULL), WF_BAD_ARGUMENT, "no tokens");
@@ -215,9 +225,15 @@ static int errors(const char* path) {
   CHECK(step(engine, 5, same, 3, logits[0]) == WF_OK);
   CHECK(memcmp(logits[0], logits[1], (size_t)info.vocabulary * sizeof(float)) == 0);
 
+  /* Room for the tokens that texts have, however long the context is, and then for those that this one has. */
+  most_room = 0;
+  CHECK(wf_step_text(engine, 6, "hey", letters, &calls, NULL, &count) == WF_OK && calls == 5 && most_room < 30);
+  CHECK(wf_truncate(engine, 6, 0) == WF_OK);
+  CHECK(wf_step_text(engine, 6, "*", letters, &calls, NULL, &count) == WF_OK && calls == 7 && count == 20 && length(engine, 6) == 20);
+
   CHECK(step(engine, 2, text, 0, NULL) != WF_OK && length(engine, 2) == 9);
   wf_stats stats;
-  CHECK(wf_statistics(engine, &stats) == WF_OK && stats.steps == 4 && stats.tokens == 2 + 9 + 3 + 3 && stats.nanoseconds > 0);
+  CHECK(wf_statistics(engine, &stats) == WF_OK && stats.steps == 6 && stats.tokens == 2 + 9 + 3 + 3 + 3 + 20 && stats.nanoseconds > 0);
   CHECK(step(engine, 1, text, 9, logits[0]) == WF_OK);
   works_as_before(engine);
   wf_close(engine);
