@@ -265,7 +265,7 @@ std::optional<Error> Decoder::apply(const std::vector<const Linear*>& layers, co
     for (int64_t token = 0; token < tokens && !layer.bias.empty(); ++token) {
       floats_.accumulate(y[i] + token * layer.rows(), layer.bias.data(), layer.rows());
     }
-    if (layer.correction != nullptr) add_low_rank(kernels_, *layer.correction, x, tokens, y[i]);
+    if (layer.correction != nullptr) add_low_rank(kernels_, layer.correction, x, tokens, y[i]);
   }
   return {};
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 
 #include "ternary/memory.h"
 #include "ternary/ternary.h"
@@ -23,10 +24,14 @@ struct LowRank {
   // Row-major U and V in the type's numbers; null scales stand for 1.
   LowRank(AdapterType type, const void* u, const void* v, const float* u_scales, const float* v_scales, int64_t rows, int64_t columns,
           int64_t rank);
+
+  int64_t inner_stride() const { return ceil_div(rank, kPanelRows) * kPanelRows; }  // of Vᵀ x, padded to whole panels
 };
 
 // y[token * rows + row] += U (Vᵀ x) of float32 x [tokens, columns]. The order of sums depends on neither tokens nor instruction set.
 void add_low_rank(const Kernels& kernels, const LowRank& adapters, const float* x, int64_t tokens, float* y);
+// The same on the threads of the pool, if that is worth it. A thread that comes late may still read adapters when their owner has gone.
+void add_low_rank(const Kernels& kernels, const std::shared_ptr<const LowRank>& adapters, const float* x, int64_t tokens, float* y);
 
 // out[token * out_stride + i] (= or +=) sum over inputs of panels * x[token * x_stride + input], for the panels' `outputs` outputs;
 // out has room for whole panels unless it is added to. One function for each kind of processor.
