@@ -1,5 +1,7 @@
 """The export beside a run: its process, how it ends, and what of it a run is told. A made-up app stands for the real one."""
 
+import atexit
+import gc
 import multiprocessing
 import os
 import signal
@@ -160,9 +162,13 @@ def test_a_copy_is_made_by_the_command_and_not_by_a_call_in_a_process_that_may_h
 
     monkeypatch.setattr(exporting, "WaitingExporter", Made)
     monkeypatch.setattr(Made, "possible", staticmethod(lambda: True))
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
+    monkeypatch.setattr(atexit, "register", lambda _: None)
     mistaken = ["model=tiny", "resume=/nowhere/step-1.ckpt"]
     monkeypatch.setattr(sys, "argv", ["train_lightning.py", *mistaken])
     assert main(None if command else mistaken) == (75 if command else 2)
+    assert frozen == ([True] if command else [])
 
 
 def test_no_copy_is_made_where_it_could_not_work(monkeypatch):

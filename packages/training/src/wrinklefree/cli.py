@@ -169,6 +169,8 @@ def _train(config: RunConfig, *, is_command: bool) -> int:
     from wrinklefree.exporting import Exporter, WaitingExporter
     from wrinklefree.run import train
 
+    if is_command:
+        gc.freeze()  # what was imported stays: collections need not look at it, and a copy's memory is not written to for that
     with WaitingExporter() if is_command and is_first() and WaitingExporter.possible() else Exporter() as exporter:
         outcome = train(config, exporter)
     if outcome.interrupted is not None:
