@@ -105,16 +105,21 @@ def test_every_family_and_form_gives_the_logits_of_training(variant, name, tmp_p
     assert_equal_up_to_edges(engine_logits(path), reference(path))
 
 
-def test_a_low_rank_correction_is_added(tmp_path):
-    model = start_lrc(form(tiny_decoder("llama", ODD_SHAPE), "subln"), 5)
-    without = write(model, tmp_path)
-    before = engine_logits(without)
+def correcting(model):
+    """Let the low-rank corrections of a model's layers say something."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("lrc_u"):
                 parameter.normal_(std=0.3)
+    return model
+
+
+def test_a_low_rank_correction_is_added(tmp_path):
+    model = start_lrc(form(tiny_decoder("llama", ODD_SHAPE), "subln"), 5)
+    without = write(model, tmp_path)
+    before = engine_logits(without)
     (tmp_path / "with").mkdir()
-    path = write(model, tmp_path / "with")
+    path = write(correcting(model), tmp_path / "with")
     after = engine_logits(path)
     assert_equal_up_to_edges(after, reference(path))
     assert (after - before).abs().max() > 0.1 * before.abs().max()
@@ -122,13 +127,9 @@ def test_a_low_rank_correction_is_added(tmp_path):
 
 @pytest.fixture(scope="module")
 def corrected(tmp_path_factory):
-    """Return a file whose layers have a low-rank correction that says something."""
+    """Return a file with a low-rank correction."""
     model = start_lrc(form(tiny_decoder("llama", ODD_SHAPE), "subln"), 5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("lrc_u"):
-                parameter.normal_(std=0.3)
-    return write(model, tmp_path_factory.mktemp("corrected"))
+    return write(correcting(model), tmp_path_factory.mktemp("corrected"))
 
 
 @pytest.mark.parametrize("isa", bitnet_kernels.available_isas())
@@ -299,9 +300,11 @@ def test_more_rows_than_pass_together(plain):
     assert np.array_equal(together, np.concatenate([alone.logits(text) for text in texts.values()]))
 
 
-def test_the_number_of_threads_changes_nothing(tmp_path):
-    model = tiny_llama(hidden=512, ffn=1536, vocab=512)  # matrices that are cut into chunks
-    path = write(convert_model(model, ConversionConfig(norm="subln", gain="one")), tmp_path)
+@pytest.mark.parametrize("rank", [0, 20])
+def test_the_number_of_threads_changes_nothing(rank, tmp_path):
+    model = tiny_llama(hidden=512, ffn=1536, vocab=512)  # matrices that are cut into chunks, and their corrections
+    model = convert_model(model, ConversionConfig(norm="subln", gain="one"))
+    path = write(correcting(start_lrc(model, rank)) if rank else model, tmp_path)
     texts = torch.randint(0, 511, (2, 120), generator=torch.Generator().manual_seed(3))  # and so is attention
     expected = engine_logits(path, texts)
     for count in (2, 3):
