@@ -156,5 +156,9 @@ def test_every_preset_has_its_constants():
     assert (full["relations"].objective.causal, full["relations"].objective.per_head) == (True, False)
     assert (full["logits"].objective.tau_squared, full["logits"].objective.scope) == (False, "scored")
     assert official["logits"].objective.direction == full["logits"].objective.direction == "forward"
+    published = ["training.lambda_schedule=constant", "training.lambda_warmup_share=0", "model.norm=allnorm", "model.gain=one"]
+    for model, more, rises in (("smollm2_135m", [], True), ("tiny", [], False), ("smollm2_135m", published, False)):
+        config = load_run_config([f"model={model}", "training=bitdistill_official", *more])
+        assert (config.training.lambda_warmup_steps > 0) == rises
     phases = load_run_config(["training=stage1_9_layerwise"]).curriculum.phases
     assert [(phase.until, phase.interpolation) for phase in phases] == [(0.3, "step"), (0.4, "linear"), (1.0, "linear")]
