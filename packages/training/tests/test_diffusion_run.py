@@ -108,6 +108,12 @@ def test_two_processes_mask_and_train_as_one_does(quick, tmp_path):
     assert losses["two"] == pytest.approx(losses["one"], abs=5e-2)
 
 
+@pytest.mark.parametrize("estimator", ["causal", "gradient"])
+def test_the_biased_baseline_is_called_that(quick, estimator, capsys):
+    ran(quick, f"objectives={{tcs: {{block_size: 8, estimator: {estimator}}}}}", "training.max_steps=1")
+    assert ("objectives.tcs: estimator=causal is biased" in capsys.readouterr().err) == (estimator == "causal")
+
+
 def test_no_row_is_masked_as_one_before_it(quick, monkeypatch):
     """Masks are of the seed and a row's place in the data: the same place twice would be the same masks in every step."""
     seen, step = [], diffusion.diffusion_step
@@ -195,6 +201,7 @@ def test_a_diffusion_model_is_no_teacher(quick, diffusing, capsys):
         (["objectives={dlm: {block_size: 0}}"], "at least 1"),
         (["objectives={dlm: {method: mdlm, block_size: 8}}"], "has no effect with method=mdlm"),
         (["objectives={dlm: {block_size: 8}, tcs: {}}"], "ask for different diffusion models"),
+        (["objectives={dlm: {block_size: 33}}"], "objectives.dlm.block_size=33 is longer than a row (data.sequence_length=32)"),
         (["objectives={tcs: {hard: 1.0}}"], "must lie in [0, 1)"),
         (["objectives={tcs: {top_k: 512}}"], "lower it"),
         (["objectives={tcs: {estimator: causal, window: 2}}"], "no effect"),

@@ -35,8 +35,8 @@ def llama(seed=0, **sizes):
     return tiny_llama(**({"hidden": 32, "ffn": 64, "layers": 3, "vocab": VOCABULARY, "seed": seed} | sizes))
 
 
-def student(seed=0):
-    return convert_model(llama(seed), ConversionConfig(gain="one"))
+def student(seed=0, **sizes):
+    return convert_model(llama(seed, **sizes), ConversionConfig(gain="one"))
 
 
 def batch(seed=0, rows=3):
@@ -407,7 +407,7 @@ def test_a_mask_token_that_the_student_alone_has_is_compared_with_nothing(direct
     ("values", "sizes", "message"),
     [
         ({"logits": {}}, {"vocab": 80}, "logits of 80 tokens and the model of 64"),
-        ({"relations": {"layer": 3, "heads": 4}}, {}, "layer=3 is out of range: the model has 3 layers"),
+        ({"relations": {"layer": 3, "heads": 4}}, {}, "^objectives.relations: layer=3 is out of range: the model has 3 layers"),
         ({"relations": {"layer": -4, "heads": 4}}, {}, "layer=-4 is out of range"),
         ({"relations": {"layer": 0, "teacher_layer": 9, "heads": 4}}, {}, "teacher_layer=9 is out of range"),
         ({"relations": {"layer": 0, "heads": 5}}, {}, "5 relation heads do not divide the model's queries of width 32"),
@@ -415,12 +415,13 @@ def test_a_mask_token_that_the_student_alone_has_is_compared_with_nothing(direct
         ({"layerwise": {}}, {"hidden": 64}, "width is 64, the model's 32"),
         ({"layerwise": {"weights": "last", "last": 4}}, {}, "out of range"),
         ({"logits": {"top_k": 64}}, {}, "leaves no token"),
+        ({"tcs": {"estimator": "exact"}}, {"vocab": 1100}, "tokens in every place and holds 5 MiB of logits for each token"),
     ],
     ids=str,
 )
 def test_models_that_do_not_fit_are_refused_before_the_first_step(values, sizes, message):
     with pytest.raises(UserError, match=message):
-        build(values, student(), local(llama(1, **sizes)))
+        build(values, student(**({"vocab": sizes["vocab"]} if "tcs" in values else {})), local(llama(1, **sizes)))
 
 
 @pytest.mark.parametrize(
@@ -435,6 +436,11 @@ def test_models_that_do_not_fit_are_refused_before_the_first_step(values, sizes,
         ({"logits": {"tau_squared": True}}, "tau_squared has no effect at temperature 1"),
         ({"relations": {}}, "objectives.relations.layer is missing"),
         ({"relations": {"layer": 0, "weight": "auto"}}, "there is none with a weight: add ce"),
+        ({"mine": {"kind": "logits", "temperature": -1}}, "^objectives.mine: temperature must be positive"),
+        ({"tcs": {"hard": -0.1}}, "^objectives.tcs: hard must lie in"),
+        ({"tcs": {"top_k": 1}}, "^objectives.tcs: top_k is 1"),
+        ({"dlm": {"seed": -1}}, "^objectives.dlm: the seed is -1"),
+        ({"logits": {"top_k": True}}, "^objectives.logits.top_k must be a number, not true"),
         ({"layerwise": {"last": 2}}, "belongs to weights=last"),
         ({"layerwise": {"heads": 2}}, "belongs to distance=relation"),
         ({"ce": 3}, "must be a mapping"),

@@ -1,6 +1,7 @@
 """Teachers: where they run, what they keep, and servers over a real loopback."""
 
 import copy
+import errno
 import json
 import threading
 import time
@@ -16,6 +17,7 @@ from wrinklefree import exporting
 from wrinklefree.callbacks import read_metrics
 from wrinklefree.cli import load_run_config, main
 from wrinklefree.losses.divergence import top_log_probabilities
+from wrinklefree.resume import KEY, check_config, check_teacher, plain
 from wrinklefree.teachers import local
 from wrinklefree.teachers.cache import DiskCache
 from wrinklefree.teachers.load import check_tokenizer, load_teacher
@@ -111,6 +113,16 @@ def test_a_second_epoch_in_another_order_runs_no_teacher_and_gets_the_same_bits(
     other["input_ids"][0, 0] = 511 - other["input_ids"][0, 0]
     teacher.lesson(other, Needs(logits=True))
     assert again.asked == 1
+
+
+def test_a_cache_that_cannot_be_kept_there_asks_for_another_place(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"choose another teacher\.cache_dir and run again") as found:
+        DiskCache(tmp_path / "file" / "x", K, 512)
+    assert "space" not in str(found.value)
+    monkeypatch.setattr(Path, "mkdir", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(UserError, match=r"free some space, or choose another teacher\.cache_dir, and run again"):
+        DiskCache(tmp_path / "y", K, 512)
 
 
 def test_a_damaged_shard_and_one_of_another_k_are_named(tmp_path):
@@ -549,6 +561,12 @@ def test_behind_a_cache_a_teacher_with_more_logits_is_refused_too(run, tmp_path,
         (["teacher.kind=vllm", "teacher.model=m"], "teacher.kind=vllm needs teacher.url"),
         (["teacher.kind=vllm", "teacher.url=http://x"], "teacher.kind=vllm needs teacher.model"),
         (["teacher.kind=vllm", "teacher.url=x", "teacher.model=m"], "must begin with http"),
+        (
+            ["teacher.kind=vllm", "teacher.url=http://x:notaport", "teacher.model=m"],
+            "teacher.url names no host, or a port that is no",
+        ),
+        (["teacher.kind=vllm", "teacher.url=http://", "teacher.model=m"], "teacher.url names no host"),
+        (["teacher.kind=vllm", "teacher.url=http://x:99999", "teacher.model=m"], "teacher.url names no host"),
         (["teacher.url=http://x"], "teacher.url belongs to a server"),
         (["teacher.kind=vllm", "teacher.url=http://x", "teacher.model=m", "teacher.timeout_s=inf"], "must be at most 1e6 seconds"),
         (
@@ -574,6 +592,21 @@ def test_behind_a_cache_a_teacher_with_more_logits_is_refused_too(run, tmp_path,
 def test_settings_that_cannot_be_meant_are_refused(more, message):
     with pytest.raises(UserError, match=message):
         load_run_config(more)
+
+
+def test_a_run_goes_on_after_its_server_has_moved():
+    """What the server says is compared by the teacher's digest; its name is the run's."""
+    there = ["teacher.kind=vllm", "teacher.model=m", "objectives={ce: {}, logits: {top_k: 4}}"]
+    old, moved, other = (
+        load_run_config([*there, *more])
+        for more in (["teacher.url=http://a:1"], ["teacher.url=http://b:2"], ["teacher.url=http://a:1", "teacher.model=n"])
+    )
+    content = {KEY: {"config": plain(old), "teacher": "digest"}}
+    check_config(Path("step-1.ckpt"), content, moved)
+    with pytest.raises(UserError, match=r"was trained with teacher\.model=m, and this run has teacher\.model=n"):
+        check_config(Path("step-1.ckpt"), content, other)
+    with pytest.raises(UserError, match="was trained with another teacher"):
+        check_teacher(Path("step-1.ckpt"), content, "another")
 
 
 def test_a_server_that_is_down_ends_a_run_before_its_first_step(run, tmp_path, capsys):

@@ -41,6 +41,13 @@ class CorrectionConfig:
                 f"model.lrc.{name} has no effect with start=random, which solves nothing: leave it out",
             )
         require(self.rows > 0, f"model.lrc.calibration_rows must be positive, not {self.calibration_rows}")
+        require(
+            self.alternations is None or self.alternations > 0, f"model.lrc.alternations must be positive, not {self.alternations}"
+        )
+        require(
+            0 < self.rank < 1 or (self.rank >= 1 and float(self.rank).is_integer()),
+            f"model.lrc.rank must be a whole number of at least 1, or a share between 0 and 1, not {self.rank}",
+        )
         self.settings()
 
     @property

@@ -1,5 +1,6 @@
 """Files that are whole under their final name or not there, and one sentence when the disk is full."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -11,13 +12,15 @@ from bitnet_arch import UserError
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failure to write `path` into a `UserError` that names it."""
+def writing(path: Path, key: str = "output_dir") -> Iterator[None]:
+    """Turn a failure to write `path` into a `UserError` that names it, and the setting that it follows from."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"writing {path} failed ({reason}): free some space, or choose another output_dir, and run again") from None
+        elsewhere = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS)
+        remedy = f"choose another {key}" if elsewhere else f"free some space, or choose another {key},"
+        raise UserError(f"writing {path} failed ({reason}): {remedy} and run again") from None
 
 
 @contextmanager

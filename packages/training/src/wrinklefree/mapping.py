@@ -1,6 +1,7 @@
 """Plain values into configuration dataclasses, with a sentence for whatever does not fit."""
 
 import difflib
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -54,6 +55,11 @@ def _check_keys(kind: Any, values: object, where: str) -> None:
                     near = difflib.get_close_matches(str(key), hints, n=1)
                     known = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(hints)}"
                     raise UserError(f"unknown key {name}: {known}")
+                union = typing.get_origin(hints[key]) in (typing.Union, types.UnionType)
+                kinds = typing.get_args(hints[key]) if union else (hints[key],)
+                wants_number = bool not in kinds and (int in kinds or float in kinds)
+                # Or yes and true would be the number 1.
+                require(not (wants_number and isinstance(value, bool)), f"{name} must be a number, not {str(value).lower()}")
                 _check_keys(hints[key], value, name)
         elif hasattr(arm, "__dataclass_fields__") and isinstance(values, list):
             for i, value in enumerate(values):

@@ -28,6 +28,7 @@ FREE_TO_CHANGE = (
     "training.data_workers",
     "data.cache_dir",
     "teacher.cache_dir",
+    "teacher.url",
     "teacher.timeout_s",
     "teacher.retries",
     "teacher.concurrency",

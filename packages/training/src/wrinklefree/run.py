@@ -67,6 +67,9 @@ def train(config: RunConfig, exporter: Exporter | None = None) -> Outcome:
     if config.fitted_curriculum != config.curriculum:
         found = phase_steps(config.curriculum, config.curriculum_total, config.training.max_steps)[:-1]
         say(f"curriculum: each phase has at least one of so few steps: {', '.join(map(str, found))}")
+    for name, item in config.objective_settings().items():
+        if getattr(item.objective, "estimator", None) == "causal":
+            say(f"objectives.{name}: estimator=causal is biased, since it knows nothing of what comes after a token: a baseline")
     if config.training.trainable == "gains":
         train_gains_only(start.model)
     teacher = _teacher(config, start)

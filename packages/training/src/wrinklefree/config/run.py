@@ -77,6 +77,12 @@ class RunConfig:
                 f"objectives.{name}.weight=auto matches its gradient to that of the cross-entropy, whose factor the curriculum "
                 "never raises above 0: raise it in a phase, or give a number",
             )
+            block = getattr(item.objective, "block_size", None)
+            require(
+                block is None or block <= self.data.sequence_length,
+                f"objectives.{name}.block_size={block} is longer than a row (data.sequence_length={self.data.sequence_length}), "
+                "which would be one block: lower it, or take method mdlm, which has none",
+            )
         self._check_tops(settings)
         self._check_teacher(taught)
         require(

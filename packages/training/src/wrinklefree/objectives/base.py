@@ -1,5 +1,7 @@
 """The contract of an objective."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, Protocol
 
 import torch
@@ -88,6 +90,16 @@ class OwnObjective(Objective, Protocol):
     ) -> dict[str, Tensor]:
         """Return named sums whose total is the objective; a single one is named ""."""
         ...
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Let a `UserError` begin with the objective that it is about."""
+    try:
+        yield
+    except UserError as error:
+        where = f"objectives.{name}"
+        raise UserError(str(error) if where in str(error) else f"{where}: {error}") from None
 
 
 def next_tokens(labels: Tensor) -> Tensor:

@@ -14,6 +14,9 @@ from wrinklefree.objectives.base import Way
 from wrinklefree.teachers.base import Lesson, Shape
 from wrinklefree.views import Batch, Needs
 
+EXACT_VOCABULARY = 1024
+"""Tokens of the largest vocabulary that estimator "exact" takes: 4 MiB of logits for each token of a row."""
+
 Method = Literal["fast_dllm_v2", "bd3lm", "mdlm"]
 
 
@@ -34,7 +37,7 @@ class MaskedDiffusion:
     def __post_init__(self) -> None:
         require(
             self.block_size is None or self.method != "mdlm",
-            "an objective's block_size has no effect with method=mdlm, which has no blocks: leave it out",
+            "block_size has no effect with method=mdlm, which has no blocks: leave it out",
         )
         self.settings(0)
 
@@ -98,7 +101,7 @@ class TargetScores(MaskedDiffusion):
 
     def __post_init__(self) -> None:
         MaskedDiffusion.__post_init__(self)
-        require(0 <= self.hard < 1, f"an objective's hard must lie in [0, 1), not {self.hard}: 1 would need no teacher")
+        require(0 <= self.hard < 1, f"hard must lie in [0, 1), not {self.hard}: 1 would need no teacher")
         self.how(0)
 
     @property
@@ -121,6 +124,12 @@ class TargetScores(MaskedDiffusion):
             teacher.vocabulary <= student.vocabulary,
             f"the teacher has {teacher.vocabulary} tokens and the model {student.vocabulary}: they need one tokenizer, so choose a "
             "teacher of the model's own family",
+        )
+        held = teacher.vocabulary**2 * 4 / 2**20
+        require(
+            self.estimator != "exact" or teacher.vocabulary <= EXACT_VOCABULARY,
+            f"estimator=exact scores every one of {teacher.vocabulary:,} tokens in every place and holds {held:,.0f} MiB of logits "
+            f"for each token of a row: it is for vocabularies of at most {EXACT_VOCABULARY:,}, so choose topk",
         )
         k = self.how(0).k
         few = f"top_k is {k}, and the teacher has {teacher.vocabulary} tokens: lower it"

@@ -39,14 +39,14 @@ class Layerwise:
     def __post_init__(self) -> None:
         require(
             (self.last is None) == (self.weights != "last"),
-            "an objective's last says how many blocks count, and belongs to weights=last alone",
+            "last says how many blocks count, and belongs to weights=last alone",
         )
-        require(self.last is None or self.last > 0, f"an objective's last must be positive, not {self.last}")
+        require(self.last is None or self.last > 0, f"last must be positive, not {self.last}")
         require(
             (self.heads is None) == (self.distance != "relation"),
-            "an objective's heads counts relation heads, and belongs to distance=relation alone",
+            "heads counts relation heads, and belongs to distance=relation alone",
         )
-        require(self.heads is None or self.heads > 0, f"an objective's heads must be positive, not {self.heads}")
+        require(self.heads is None or self.heads > 0, f"heads must be positive, not {self.heads}")
 
     @property
     def way(self) -> Way:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from wrinklefree.losses.head import RowLoss, head_losses
-from wrinklefree.objectives.base import Objective, OwnObjective, RowObjective, ViewObjective, next_tokens
+from wrinklefree.objectives.base import Objective, OwnObjective, RowObjective, ViewObjective, naming, next_tokens
 from wrinklefree.objectives.tokens import CrossEntropy
 from wrinklefree.teachers.base import Lesson, Shape, Teacher
 from wrinklefree.views import Batch, Head, Needs, Views, forward_views
@@ -48,9 +48,10 @@ class Objectives:
         """
         self.objectives = dict(objectives)
         self.student, self.teacher = student, teacher
-        for objective in self.objectives.values():
+        for name, objective in self.objectives.items():
             assert teacher is not None or not objective.uses_teacher
-            objective.check(student, teacher.shape if teacher else None)
+            with naming(name):
+                objective.check(student, teacher.shape if teacher else None)
 
     def counts(self, batch: Batch, names: Iterable[str]) -> dict[str, Tensor]:
         """Return how many tokens each objective's mean is over, int64 scalars."""

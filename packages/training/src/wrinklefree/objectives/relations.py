@@ -36,7 +36,7 @@ class Relations:
     per_head: bool = False
 
     def __post_init__(self) -> None:
-        require(self.heads > 0, f"an objective's heads must be positive, not {self.heads}")
+        require(self.heads > 0, f"heads must be positive, not {self.heads}")
 
     @property
     def way(self) -> Way:

@@ -8,7 +8,7 @@ from bitnet_arch import UserError
 from bitnet_arch.diffusion import DiffusionForm
 
 from wrinklefree.mapping import from_mapping, require
-from wrinklefree.objectives.base import Objective
+from wrinklefree.objectives.base import Objective, naming
 from wrinklefree.objectives.diffusion import MaskedDiffusion, TargetScores
 from wrinklefree.objectives.layerwise import Layerwise
 from wrinklefree.objectives.relations import Relations
@@ -59,7 +59,7 @@ def parse_objectives(values: Mapping[str, Any]) -> dict[str, ObjectiveSettings]:
     if any(s.weight == AUTO for s in found.values()):
         require(
             reference_of(found) is not None,
-            "an objective's weight=auto matches its gradient to that of the cross-entropy, and there is none with a weight: add ce",
+            "weight=auto matches its gradient to that of the cross-entropy, and there is none with a weight: add ce",
         )
     return found
 
@@ -99,5 +99,6 @@ def _parse(name: str, options: Any) -> ObjectiveSettings:
         weight == AUTO or (number and 0 <= weight < float("inf")),
         f"{where}.weight must be a number of at least 0 or auto, not {weight!r}",
     )
-    objective = from_mapping(KINDS[kind], rest, where)
+    with naming(name):
+        objective = from_mapping(KINDS[kind], rest, where)
     return ObjectiveSettings(objective=objective, weight="auto" if weight == AUTO else float(weight))

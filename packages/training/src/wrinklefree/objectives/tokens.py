@@ -72,12 +72,12 @@ class LogitsDivergence:
     scope: Literal["scored", "attended"] = "scored"
 
     def __post_init__(self) -> None:
-        require(0 < self.temperature < float("inf"), f"an objective's temperature must be positive, not {self.temperature}")
+        require(0 < self.temperature < float("inf"), f"temperature must be positive, not {self.temperature}")
         require(
             not (self.tau_squared and self.temperature == 1.0),
             "tau_squared has no effect at temperature 1: leave it out, or raise the temperature",
         )
-        require(self.top_k is None or self.top_k > 0, f"an objective's top_k must be positive or null, not {self.top_k}")
+        require(self.top_k is None or self.top_k > 0, f"top_k must be positive or null, not {self.top_k}")
 
     @property
     def way(self) -> Way:

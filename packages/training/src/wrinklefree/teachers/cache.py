@@ -43,7 +43,7 @@ class DiskCache:
             UserError: if the folder cannot be written or a shard is damaged, of another k or of another vocabulary.
         """
         self.directory, self.top_k, self.vocabulary, self.shard_tokens = directory, top_k, vocabulary, shard_tokens
-        with writing(directory):
+        with writing(directory, "teacher.cache_dir"):
             directory.mkdir(parents=True, exist_ok=True)
         self._where: dict[bytes, tuple[Path, int, int]] = {}
         self._open: dict[Path, dict[str, Tensor]] = {}
@@ -95,7 +95,7 @@ class DiskCache:
         }
         name = hashlib.blake2b(b"".join(self._new), digest_size=KEY_BYTES).hexdigest()
         path, temporary = self.directory / f"{name}.safetensors", self.directory / f".{name}.{os.getpid()}.partial"
-        with writing(path):
+        with writing(path, "teacher.cache_dir"):
             try:
                 temporary.write_bytes(save(shard))
                 os.replace(temporary, path)

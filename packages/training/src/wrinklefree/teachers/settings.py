@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
 from wrinklefree.mapping import require
 
@@ -67,6 +68,10 @@ class TeacherConfig:
             self.url is None or self.url.startswith(("http://", "https://")),
             f"teacher.url must begin with http:// or https://, not {self.url!r}",
         )
+        require(
+            self.url is None or _names_a_host(self.url),
+            f"teacher.url names no host, or a port that is no number: give it as http://HOST:PORT, not {self.url!r}",
+        )
         for name, least in (("timeout_s", 0.001), ("retries", 0), ("concurrency", 1)):
             value = getattr(self, name)
             require(value is None or value >= least, f"teacher.{name} must be at least {least}, not {value}")
@@ -86,3 +91,11 @@ class TeacherConfig:
     def tops_only(self) -> bool:
         """Whether it is known by its likeliest tokens alone."""
         return self.kind != "local" or self.cache_dir is not None
+
+
+def _names_a_host(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port that is no number or too large, or brackets that do not close
+        return False
