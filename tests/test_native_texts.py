@@ -98,6 +98,72 @@ def test_a_step_that_fails_leaves_what_is_shared(file):
     assert np.array_equal(engine.step({0: [3]})[0], Engine(file).logits([5, 6, 8, 3])[-1])
 
 
+class Interrupting:
+    """A runtime whose call of a name is made and then ended by Ctrl-C, which Python raises where the call returns."""
+
+    def __init__(self, engine, name):
+        self.engine, self.name = engine, name
+
+    def __getattr__(self, name):
+        call = getattr(self.engine, name)
+
+        def interrupted(*arguments):
+            call(*arguments)
+            raise KeyboardInterrupt
+
+        return interrupted if name == self.name else call
+
+
+def interrupt(engine, name, call):
+    runtime = engine._engine
+    engine._engine = Interrupting(runtime, name)
+    with pytest.raises(KeyboardInterrupt):
+        call(engine)
+    engine._engine = runtime
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "length"),
+    [
+        ("step", lambda e: e.step({0: [7, 8, 9]}), 5),
+        ("step", lambda e: e.step({0: [7], 1: [8]}), 3),
+        ("copy", lambda e: e.copy(1, 0, 2), 2),
+        ("copy", lambda e: e.copy(1, 0, 0), 0),
+        ("truncate", lambda e: e.truncate(0, 1), 1),
+    ],
+    ids=["step", "two", "copy", "nothing", "truncate"],
+)
+def test_what_ctrl_c_left_unnoted_is_not_shared(name, call, length, file):
+    for text in ([5, 6, 9, 10, 11], [5, 9, 10, 11], [9, 10, 11], [5, 6, 7, 9, 10, 11], [30, 31, 9, 10, 11]):
+        engine = Engine(file, slots=3)
+        engine.step({0: [5, 6], 1: [30, 31, 32]})
+        interrupt(engine, name, call)
+        assert engine.length(0) == length
+        engine.step({0: [9, 10]})
+        for slot in (2, 0):
+            engine.prefill(text[:-1], slot=slot)
+            assert engine.length(slot) == len(text) - 1
+            assert np.array_equal(engine.step({slot: text[-1:]})[0], Engine(file).logits(text)[-1])
+
+
+@pytest.mark.parametrize(("name", "call"), [("step", lambda e: e.step({0: [9]})), ("copy", lambda e: e.copy(1, 0, 0))])
+def test_a_text_does_not_go_on_after_a_call_that_ctrl_c_ended(name, call, file):
+    engine = Engine(file, slots=2)
+    text = engine.generate([5, 6, 7], 5)
+    next(text)
+    interrupt(engine, name, call)
+    with pytest.raises(ValueError, match="slot 0 was used"):
+        next(text)
+
+
+def test_a_copy_that_fails_leaves_what_is_shared(file):
+    engine = Engine(file, slots=2)
+    engine.step({0: [5, 6]})
+    with pytest.raises(ValueError, match="holds 0 tokens"):
+        engine.copy(1, 0, 1)
+    assert engine.prefill([5, 6, 8]) == 1
+
+
 @pytest.mark.parametrize("slots", [1, 2, 5])
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 50, "seed": 7}], ids=["greedy", "sampled"])
 def test_texts_written_together_are_those_written_alone(slots, options, file):

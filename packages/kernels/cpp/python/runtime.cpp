@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -79,16 +80,15 @@ class File {
 
 void check(wf_status status) {
   if (status == WF_OK) return;
-  if (status == WF_NO_MEMORY) {
-    PyErr_SetString(PyExc_MemoryError, wf_error_text());
-    throw nb::python_error();
-  }
-  if (status == WF_INTERNAL) throw std::runtime_error(wf_error_text());
-  if (status == WF_CANCELLED) {
-    PyErr_SetString(PyExc_InterruptedError, wf_error_text());
-    throw nb::python_error();
-  }
-  throw std::invalid_argument(wf_error_text());
+  PyObject* type = status == WF_NO_MEMORY   ? PyExc_MemoryError
+                   : status == WF_INTERNAL  ? PyExc_RuntimeError
+                   : status == WF_CANCELLED ? PyExc_InterruptedError
+                                            : PyExc_ValueError;
+  // Paths are bytes, which need not be UTF-8: as os.fsdecode shows them.
+  const char* text = wf_error_text();
+  const nb::object shown = nb::steal(PyUnicode_DecodeUTF8(text, static_cast<Py_ssize_t>(std::strlen(text)), "surrogateescape"));
+  PyErr_SetObject(type, shown.ptr());
+  throw nb::python_error();
 }
 
 using Array2 = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
@@ -116,7 +116,7 @@ class Turn {
 // An engine over the C API, so that what Python tests is what others link.
 class Engine {
  public:
-  Engine(const std::string& path, int64_t slots, int64_t context, int cache, const std::string& isa) {
+  Engine(const nb::bytes& path, int64_t slots, int64_t context, int cache, const std::string& isa) {
     const wf_options options{slots, context, cache, isa.c_str()};
     wf_status status;
     {
@@ -212,7 +212,7 @@ void bind_runtime(nb::module_& m) {
       .def("values", &File::values)
       .def("floats", &File::floats);
   nb::class_<Engine>(m, "Engine")
-      .def(nb::init<std::string, int64_t, int64_t, int, std::string>())
+      .def(nb::init<nb::bytes, int64_t, int64_t, int, std::string>())
       .def("about", &Engine::about)
       .def("step", &Engine::step)
       .def("length", &Engine::length)

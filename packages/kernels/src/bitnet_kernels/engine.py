@@ -109,14 +109,15 @@ class Engine:
         """
         from bitnet_kernels import isa
 
-        if "\0" in os.fspath(path):
+        name = os.fsencode(path)
+        if b"\0" in name:
             raise ValueError(f"{os.fspath(path)!r} cannot be read (a path holds no NUL)")
         if cache not in _CACHES:
             raise ValueError(f"cache must be f32, f16 or int8, not {cache!r}")
         slots, context = _whole("slots", slots), None if context is None else _whole("context", context)
         if slots < 1 or (context is not None and context < 1):
             raise ValueError(f"slots and context must be at least 1, not {slots} and {context}")
-        self._engine = _native.Engine(os.fspath(path), slots, context or 0, _CACHES.index(cache), isa())
+        self._engine = _native.Engine(name, slots, context or 0, _CACHES.index(cache), isa())
         self._owners: dict[int, object] = {}  # slot to the iterator whose text it holds
         self._held: list[list[int]] = [[] for _ in range(slots)]
         self.tokenizer = tokenizer
@@ -170,11 +171,27 @@ class Engine:
         if rows not in _ROWS:
             raise ValueError(f"rows must be none, last or all, not {rows!r}")
         given = [self._checked(slot, tokens) for slot, tokens in sequences.items()]
+        held = [self._known(slot) for slot, _ in given]
+        for (_, tokens), before in zip(given, held, strict=True):
+            self._check_room(len(before) + len(tokens))  # before there is memory for results, which may be more than there is
         results: NDArray[np.float32] = self._engine.step(given, _ROWS.index(rows), bidirectional, output)
-        for slot, tokens in given:
+        for (slot, tokens), before in zip(given, held, strict=True):
             self._owners.pop(slot, None)
-            self._held[slot] += [_BLOCK] * len(tokens) if bidirectional else tokens
+            before += [_BLOCK] * len(tokens) if bidirectional else tokens
         return results
+
+    def _known(self, slot: int) -> list[int]:
+        """Return the list of a slot's tokens, as long as the slot is.
+
+        Ctrl-C may end a call between what the runtime did and what this class notes of it. Tokens that nobody noted can be shared
+        with no text, and who was writing one in the slot does not go on.
+        """
+        length = self.length(slot)
+        held = self._held[slot]
+        if len(held) != length:
+            self._owners.pop(slot, None)
+            held[length:] = [_BLOCK] * (length - len(held))
+        return held
 
     def _checked(self, slot: int, tokens: Sequence[int]) -> tuple[int, list[int]]:
         slot, tokens = _whole("slot", slot), [_whole("a token", token) for token in tokens]
@@ -188,12 +205,15 @@ class Engine:
     def _text(self, slot: int, tokens: Sequence[int]) -> tuple[int, list[int]]:
         """Return a slot and a text that it can hold."""
         slot, text = self._checked(slot, tokens)
-        if len(text) > self.context:
+        self._check_room(len(text))
+        return slot, text
+
+    def _check_room(self, tokens: int) -> None:
+        if tokens > self.context:
             raise ValueError(
-                f"{len(text)} tokens do not fit the context of {self.context}: "
+                f"{tokens} tokens do not fit the context of {self.context}: "
                 "shorten the text or open the model with a larger context"
             )
-        return slot, text
 
     def logits(self, tokens: Sequence[int], *, slot: int = 0) -> NDArray[np.float32]:
         """Return the logits of every token of a text, float32 `[tokens, vocabulary]`, in a slot that is emptied first.
@@ -229,8 +249,9 @@ class Engine:
 
     def _shared(self, slot: int, tokens: Sequence[int]) -> int:
         """Return how many tokens a slot holds that these begin with, too."""
-        pairs = enumerate(zip(self._held[slot], tokens, strict=False))
-        return next((at for at, (held, token) in pairs if held != token), min(len(self._held[slot]), len(tokens)))
+        held = self._known(slot)
+        pairs = enumerate(zip(held, tokens, strict=False))
+        return next((at for at, (known, token) in pairs if known != token), min(len(held), len(tokens)))
 
     def generate(
         self,
@@ -342,6 +363,7 @@ class Engine:
                 self._owners[slot] = owner
                 running[slot] = (text, prompts[text][-1], 0)
             for slot in running:
+                self._known(slot)
                 if self._owners.get(slot) is not owner:
                     raise ValueError(f"slot {slot} was used while a text was generated in it: give every text a slot of its own")
             logits = self.step({slot: [token] for slot, (_, token, _) in running.items()})
@@ -377,9 +399,15 @@ class Engine:
             ValueError: if that holds fewer.
         """
         source, to, length = _whole("source", source), _whole("to", to), _whole("length", length)
-        self._engine.copy(source, to, length)
+        shared, before = self._known(source)[:length], self._known(to)
         self._owners.pop(to, None)
-        self._held[to] = self._held[source][:length]
+        self._held[to] = []  # where Ctrl-C ends the call after the copy, nothing is known of the slot
+        try:
+            self._engine.copy(source, to, length)
+        except Exception:  # of which the slot is as it was
+            self._held[to] = before
+            raise
+        self._held[to] = shared
 
     def cancel(self) -> None:
         """Make the step that runs in another thread, or else the next one, end with `InterruptedError`.
