@@ -1,6 +1,7 @@
 """`generate`: both engines, the same text, the same mistakes."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -231,6 +232,9 @@ def test_json_has_the_same_text_as_the_stream(name, trained, capsys):
 def mistakes():
     long = "a " * 3000
     yield "missing", ["nowhere", PROMPT], "does not exist"
+    yield "no path", ["", PROMPT], "path is empty"
+    yield "a long path", ["x" * 5000, PROMPT], "x... cannot be read (File name too long)"
+    yield "nobody's home", ["~nobody-of-this-name/m.gguf", PROMPT], "begins with no user's home"
     yield "no config", [".", PROMPT], "no config.json"
     yield "no GGUF", ["junk.gguf", PROMPT], "not a GGUF file"
     foreign = ["--engine", "llama.cpp"]
@@ -272,6 +276,33 @@ def test_a_mistake_is_one_sentence(arguments, words, trained, capfd, monkeypatch
 
 def command(*arguments):
     return [sys.executable, "-m", "wrinklefree_inference", "generate", *map(str, arguments)]
+
+
+def test_a_file_may_have_any_name(trained, tmp_path, capfd):
+    name = tmp_path / os.fsdecode(b"caf\xe9.gguf")
+    name.write_bytes((trained / "model.gguf").read_bytes())
+    assert main(["generate", str(name), PROMPT, "--max-tokens", "4"]) == 0
+    assert capfd.readouterr().out == generate(trained, "native", max_tokens=4).text + "\n"
+    name.write_bytes(b"GGUF")
+    assert main(["generate", str(name), PROMPT]) == 2
+    assert capfd.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says", "name"),
+    [
+        ("WF_THREADS", "abc", "WF_THREADS: from 1 to 64 threads are possible, not 'abc'", "model.gguf"),
+        pytest.param("WF_THREADS", "0", "WF_THREADS: from 1 to 64 threads", "packed", marks=pytest.mark.slow),
+        pytest.param("WF_ISA", "f\no", r"WF_ISA: isa 'f\no' is not available here", "model.gguf", marks=pytest.mark.slow),
+        pytest.param("WF_KERNELS", "maybe", "WF_KERNELS is one of auto, on, off", "model.gguf", marks=pytest.mark.slow),
+    ],
+)
+def test_a_variable_that_cannot_be_is_one_sentence(variable, value, says, name, trained):
+    environment = {**os.environ, variable: value}
+    done = subprocess.run(command(trained / name, PROMPT), env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {says}")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -36,6 +36,12 @@ except ModuleNotFoundError as error:
     if error.name != "bitnet_kernels":
         raise
     bitnet_kernels = None  # type: ignore[assignment]
+    _refused = None
+except ValueError as error:  # a WF_ISA or WF_THREADS that cannot be: said where something is computed, `check_environment`
+    bitnet_kernels = None  # type: ignore[assignment]
+    _refused = str(error)
+else:
+    _refused = None
 
 Switch = Literal["auto", "on", "off"]
 
@@ -53,18 +59,20 @@ def use_kernels(switch: Switch) -> None:
     _switch = switch
 
 
-def check_switch() -> None:
-    """Refuse a `WF_KERNELS` that cannot be followed. Layers call it when they are built.
+def check_environment() -> None:
+    """Refuse a `WF_KERNELS`, `WF_ISA` or `WF_THREADS` that cannot be followed: where layers are built and engines are opened.
 
     Raises:
-        UserError: as `use_kernels`.
+        UserError: as `use_kernels`, or for a variable that `bitnet-kernels` refuses.
     """
+    if _refused is not None:
+        raise UserError(_refused)
     _check(_switch)
 
 
 def _check(switch: str) -> None:
     if switch not in get_args(Switch):
-        raise UserError(f"WF_KERNELS is one of {', '.join(get_args(Switch))}, not '{switch}'")
+        raise UserError(f"WF_KERNELS is one of {', '.join(get_args(Switch))}, not {switch!r:.60}")
     if switch == "on" and bitnet_kernels is None:
         raise UserError("WF_KERNELS=on needs the package bitnet-kernels: install bitnet-arch[kernels]")
 

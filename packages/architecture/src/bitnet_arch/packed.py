@@ -110,7 +110,7 @@ class PackedBitLinear(nn.Module):
 
     def _set_shape(self, rows: int, columns: int) -> None:
         self.out_features, self.in_features = rows, columns
-        kernel_ops.check_switch()
+        kernel_ops.check_environment()
         if columns > MAX_EXACT_FEATURES:
             raise UserError(f"{columns} input features exceed the exact integer limit of {MAX_EXACT_FEATURES}")
 

@@ -1,5 +1,6 @@
 """What a command's DIR|FILE argument is, and llama.cpp's engine on it."""
 
+import errno
 import hashlib
 import json
 import os
@@ -41,18 +42,23 @@ def resolve_model(path: Path | str) -> ModelPath:
     Raises:
         UserError: if there is nothing, or neither a model directory nor a GGUF file.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{path} is not a model directory: it has no config.json")
-        return ModelPath(path, "directory")
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: give a model directory or a .gguf file")
+    if path == "":
+        raise UserError("the model's path is empty: give a model directory or a .gguf file")
     try:
+        path = Path(path).expanduser()
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise UserError(f"{path} is not a model directory: it has no config.json")
+            return ModelPath(path, "directory")
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: give a model directory or a .gguf file")
         with path.open("rb") as file:
             magic = file.read(len(GGUF_MAGIC))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
+        shown = path if error.errno != errno.ENAMETOOLONG else f"{str(path)[:60]}..."
+        raise UserError(f"{shown} cannot be read ({error.strerror}): check its name and permissions") from None
+    except RuntimeError:  # of "~": a user that there is not
+        raise UserError(f"{path} begins with no user's home: write the whole path") from None
     if magic != GGUF_MAGIC:
         raise UserError(f"{path} is not a GGUF file: export one with `python -m wrinklefree_inference export DIR --out FILE`")
     return ModelPath(path, "gguf")

@@ -14,6 +14,7 @@ from bitnet_arch.gguf.architectures import OURS
 from bitnet_arch.gguf.reader import GgufFile, read_gguf
 from bitnet_arch.gguf.tokenizer import tokenizer_from_gguf
 from bitnet_arch.gguf.types import I2_S
+from bitnet_arch.kernel_ops import check_environment
 from bitnet_arch.parity.tokens import Tokenize
 
 Engine = Callable[[list[int]], NDArray[np.float64]]
@@ -59,7 +60,12 @@ def no_engine(gguf_path: Path | str | GgufFile) -> str | None:
 
 
 def has_native_engine() -> bool:
-    """Return whether `bitnet_kernels` is installed (the extra `bitnet-arch[kernels]`)."""
+    """Return whether `bitnet_kernels` is installed (the extra `bitnet-arch[kernels]`).
+
+    Raises:
+        UserError: for a variable of the environment that it refuses, `bitnet_arch.kernel_ops`.
+    """
+    check_environment()
     return importlib.util.find_spec("bitnet_kernels") is not None
 
 
