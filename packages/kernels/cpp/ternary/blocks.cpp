@@ -153,12 +153,15 @@ void unpack_columns(const BlockMatrix& w, int64_t row, int64_t begin, int64_t en
   each_weight(w, row, begin, end, [=](int64_t column, float weight) { out[column - begin] = weight; });
 }
 
-void arrange(const BlockMatrix& w, const float* x, int64_t tokens, float* out, float* sums) {
+int64_t float_bytes(const BlockMatrix& w, int64_t tokens) { return tokens * (w.columns + w.groups()) * static_cast<int64_t>(sizeof(float)); }
+
+void arrange_floats(const BlockMatrix& w, const float* x, int64_t tokens, void* out) {
+  float *floats = static_cast<float*>(out), *sums = floats + tokens * w.columns;
   for (int64_t tile = 0; tile < token_tiles(tokens); ++tile) {
     const int64_t first = tile_begin(tokens, tile), count = tile_begin(tokens, tile + 1) - first;
     for (int64_t t = 0; t < count; ++t) {
       const float* from = x + (first + t) * w.columns;
-      float *to = out + first * w.columns + t, *group_sums = sums + first * w.groups() + t;
+      float *to = floats + first * w.columns + t, *group_sums = sums + first * w.groups() + t;
       for (int64_t group = 0; group < w.groups(); ++group) {
         float sum = 0.0F;
         for (int64_t i = 0; i < w.group_columns(); ++i, ++from, to += count) sum += *to = *from;

@@ -9,9 +9,8 @@
 //                                 j + 4, j + 8, j + 12: four neighbours in a lane, of which shifts and masks make floats;
 //                                 w = scale * factor * (code - 32)
 //
-// Activations stay float32. Training multiplies the head's floats with unquantised activations; 16-bit activations, one scale a token,
-// would miss that by more than 1e-5 of the largest logit where one activation stands out, and reading the weights takes longer than
-// multiplying floats does.
+// Training multiplies the head's floats with unquantised activations. Activations of 16 bits miss that by more than 1e-5 of the largest
+// logit, whether they have a scale a token or a group: here they are float32, or whole numbers of 24 bits (blocks_digits.h).
 #pragma once
 
 #include <cstdint>
@@ -39,19 +38,29 @@ struct BlockMatrix {
   int64_t bytes() const { return panels() * panel_bytes(); }
 };
 
-// Float32 activations of some tokens, in tiles of tokens that share a weight on its way to a float: a column's tokens are neighbours.
+// Activations of some tokens as an instruction set's kernels want them, who alone know what it is.
+struct BlockActivations {
+  const void* data;  // aligned to 64 bytes
+  int64_t tokens;
+};
+
+// Float32 activations, in tiles of tokens that share a weight on its way to a float: a column's tokens are neighbours.
 struct FloatActivations {
   const float* x;     // of each tile [columns, tokens of the tile]
   const float* sums;  // the sum of each group's columns, of each tile [groups(), tokens of the tile]
   int64_t tokens;
+
+  FloatActivations(const BlockMatrix& w, const BlockActivations& from)
+      : x(static_cast<const float*>(from.data)), sums(x + from.tokens * w.columns), tokens(from.tokens) {}
 };
 
 constexpr int64_t kBlockTokens = 8;  // of a tile at most
 constexpr int64_t token_tiles(int64_t tokens) { return ceil_div(tokens, kBlockTokens); }
 constexpr int64_t tile_begin(int64_t tokens, int64_t tile) { return tokens * tile / token_tiles(tokens); }
 
-// Makes FloatActivations of x [tokens, columns]: `out` has room for as much, `sums` for [tokens, groups()].
-void arrange(const BlockMatrix& w, const float* x, int64_t tokens, float* out, float* sums);
+// Makes what FloatActivations reads of x [tokens, columns], in so many bytes.
+int64_t float_bytes(const BlockMatrix& w, int64_t tokens);
+void arrange_floats(const BlockMatrix& w, const float* x, int64_t tokens, void* out);
 
 // Bytes of a row as llama.cpp has it, or 0 where the type cannot have rows of so many columns.
 int64_t row_bytes(BlockType type, int64_t columns);

@@ -15,41 +15,32 @@ constexpr int64_t kLeastWork = 128 << 10;  // bytes of weights times tokens: les
 constexpr int64_t kChunksAThread = 8;
 constexpr int64_t kPackPiece = 4 << 20;  // bytes that a thread packs before it asks for more
 
-// Activations that own their memory.
-struct OwnedFloats {
-  Buffer<float> x, sums;
-  FloatActivations view;
-
-  OwnedFloats(const BlockMatrix& w, const float* from, int64_t tokens)
-      : x(allocate<float>(tokens * w.columns)), sums(allocate<float>(tokens * w.groups())) {
-    arrange(w, from, tokens, x.get(), sums.get());
-    view = {x.get(), sums.get(), tokens};
-  }
-};
-
 class BlockJob final : public Job {
  public:
   BlockJob(const FloatKernels& kernels, SharedBlocks matrix, const float* x, int64_t tokens, float* y)
-      : kernels_(kernels), matrix_(std::move(matrix)), x_(matrix_->view, x, tokens), y_(y) {
+      : kernels_(kernels), matrix_(std::move(matrix)), y_(y) {
     const BlockMatrix& w = matrix_->view;
+    memory_ = allocate<std::byte>(kernels.arranged_bytes(w, tokens));
+    kernels.arrange(w, x, tokens, memory_.get());
+    x_ = {memory_.get(), tokens};
     const int64_t most = std::clamp<int64_t>(w.bytes() * tokens / kLeastWork, 1, std::min(kMostChunks, kChunksAThread * wf::threads()));
     size_ = ceil_div(w.panels(), std::min(most, w.panels()));
     chunks = ceil_div(w.panels(), size_);
   }
 
   int64_t result_bytes(int64_t chunk) const override {
-    return rows_of(chunk).rows * x_.view.tokens * static_cast<int64_t>(sizeof(float));
+    return rows_of(chunk).rows * x_.tokens * static_cast<int64_t>(sizeof(float));
   }
 
   void compute(int64_t chunk, std::byte* result) const noexcept override {
     const BlockMatrix part = rows_of(chunk);
     float* y = result == nullptr ? y_ + chunk * size_ * kPanelRows : reinterpret_cast<float*>(result);
-    kernels_.matmul_blocks(part, x_.view, 0, part.panels(), y, result == nullptr ? matrix_->view.rows : part.rows);
+    kernels_.matmul_blocks(part, x_, 0, part.panels(), y, result == nullptr ? matrix_->view.rows : part.rows);
   }
 
   void commit(int64_t chunk, const std::byte* result) const noexcept override {
     const size_t bytes = static_cast<size_t>(rows_of(chunk).rows) * sizeof(float);
-    for (int64_t token = 0; token < x_.view.tokens; ++token) {
+    for (int64_t token = 0; token < x_.tokens; ++token) {
       std::memcpy(y_ + token * matrix_->view.rows + chunk * size_ * kPanelRows, result + static_cast<size_t>(token) * bytes, bytes);
     }
   }
@@ -65,7 +56,8 @@ class BlockJob final : public Job {
 
   const FloatKernels& kernels_;
   SharedBlocks matrix_;
-  OwnedFloats x_;
+  Buffer<std::byte> memory_;  // of x_
+  BlockActivations x_{};
   float* y_;
   int64_t size_;  // panels a chunk
 };

@@ -1,4 +1,4 @@
-// The products of blocks.h on vectors of rows, for the lanes of simd512.h, simd256.h or simd128.h, one of which comes before.
+// The products of blocks.h with float32 activations on vectors of rows, for the lanes of simd256.h or simd128.h, one of which comes before.
 #pragma once
 
 #include "ternary/blocks.h"
@@ -146,7 +146,8 @@ void block_panels(const BlockMatrix& w, const FloatActivations& x, int64_t begin
   }
 }
 
-void matmul_blocks(const BlockMatrix& w, const FloatActivations& x, int64_t begin, int64_t end, float* y, int64_t y_stride) {
+void matmul_blocks(const BlockMatrix& w, const BlockActivations& activations, int64_t begin, int64_t end, float* y, int64_t y_stride) {
+  const FloatActivations x(w, activations);
   switch (w.type) {
     case BlockType::q8_0:
       return block_panels<Q8>(w, x, begin, end, y, y_stride);

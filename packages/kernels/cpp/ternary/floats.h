@@ -18,8 +18,12 @@ constexpr float kGeluInner = 1.5957691216057308F, kGeluCubic = 0.044715F;
 
 // One instruction set's kernels. They agree with the scalar ones up to the order of float32 sums.
 struct FloatKernels {
-  // y[token * y_stride + row] of the rows of panels [begin, end).
-  void (*matmul_blocks)(const BlockMatrix& w, const FloatActivations& x, int64_t begin, int64_t end, float* y, int64_t y_stride);
+  // Makes what `matmul_blocks` takes of finite float32 x [tokens, columns], which is so many bytes, aligned to 64.
+  int64_t (*arranged_bytes)(const BlockMatrix& w, int64_t tokens);
+  void (*arrange)(const BlockMatrix& w, const float* x, int64_t tokens, void* out);
+
+  // y[token * y_stride + row] of the rows of panels [begin, end). A token's results are the same whatever comes with it.
+  void (*matmul_blocks)(const BlockMatrix& w, const BlockActivations& x, int64_t begin, int64_t end, float* y, int64_t y_stride);
 
   // y[token * y_stride + row] = row · x[token] of `count` rows, [count, columns], and float32 x [tokens, columns].
   void (*matmul_rows)(RowType type, const uint8_t* rows, int64_t count, int64_t columns, const float* x, int64_t tokens, float* y,
@@ -55,7 +59,7 @@ struct FloatKernels {
 const FloatKernels& float_kernels(Isa isa);
 
 extern const FloatKernels kScalarFloats;
-extern const FloatKernels kAvx2Floats, kAvx512Floats;  // x86 only
-extern const FloatKernels kNeonFloats;                 // 64-bit Arm
+extern const FloatKernels kAvx2Floats, kAvx512Floats, kAmxFloats;  // x86 only
+extern const FloatKernels kNeonFloats;                             // 64-bit Arm
 
 }  // namespace wf

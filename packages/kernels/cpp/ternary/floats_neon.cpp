@@ -8,6 +8,6 @@
 
 namespace wf {
 
-const FloatKernels kNeonFloats{matmul_blocks, matmul_rows, rms_norm, rope, store, attention, activate, dot, accumulate};
+const FloatKernels kNeonFloats{float_bytes, arrange_floats, matmul_blocks, matmul_rows, rms_norm, rope, store, attention, activate, dot, accumulate};
 
 }  // namespace wf

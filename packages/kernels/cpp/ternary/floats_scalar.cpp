@@ -9,7 +9,8 @@
 namespace wf {
 namespace {
 
-void matmul_blocks(const BlockMatrix& w, const FloatActivations& x, int64_t begin, int64_t end, float* y, int64_t y_stride) {
+void matmul_blocks(const BlockMatrix& w, const BlockActivations& activations, int64_t begin, int64_t end, float* y, int64_t y_stride) {
+  const FloatActivations x(w, activations);
   // On the stack: threads of the pool run this, where memory that runs out would end the process.
   constexpr int64_t kColumns = 256;
   float weights[kColumns];
@@ -126,6 +127,6 @@ void accumulate(float* y, const float* x, int64_t count) {
 
 }  // namespace
 
-const FloatKernels kScalarFloats{matmul_blocks, matmul_rows, rms_norm, rope, store_kv, attention, activate, dot, accumulate};
+const FloatKernels kScalarFloats{float_bytes, arrange_floats, matmul_blocks, matmul_rows, rms_norm, rope, store_kv, attention, activate, dot, accumulate};
 
 }  // namespace wf

@@ -1,4 +1,4 @@
-// Sixteen float32 lanes of AVX-512 under the names that simd256.h gives eight of AVX2. Included inside files of one instruction set.
+// Sixteen float32 lanes of AVX-512 under the names that simd256.h gives eight of AVX2, but for what only products of blocks need. Included inside files of one instruction set.
 #pragma once
 
 #include <immintrin.h>
@@ -49,21 +49,7 @@ WF_INLINE void sums_of(const Floats (&of)[4], float* out) {
 }
 
 WF_INLINE Ints widen_signed(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
-WF_INLINE Ints widen_unsigned(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
 WF_INLINE Floats to_floats(Ints value) { return _mm512_cvtepi32_ps(value); }
-WF_INLINE Ints low_nibble(Ints value) { return _mm512_and_si512(value, _mm512_set1_epi32(15)); }
-WF_INLINE Ints right(Ints value, unsigned by) { return _mm512_srli_epi32(value, by); }
-WF_INLINE Ints left(Ints value, unsigned by) { return _mm512_slli_epi32(value, by); }
-// Byte k of each lane, less a whole number: 2^23 + byte is a float with the byte in its lowest bits.
-WF_INLINE Floats byte_less(Ints four, int k, float less) {
-  const Ints shifted = k == 0 ? four : _mm512_srli_epi32(four, static_cast<unsigned>(8 * k));
-  const Ints bits = _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi32(0xff), _mm512_set1_epi32(0x4b000000), 0xea);
-  return _mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p23F + less));
-}
-WF_INLINE Ints load_ints(const void* p) { return _mm512_loadu_si512(p); }
-WF_INLINE Ints bits_of(Ints value, int mask) { return _mm512_and_si512(value, _mm512_set1_epi32(mask)); }
-// a | (b & mask)
-WF_INLINE Ints with_bits(Ints a, Ints b, int mask) { return _mm512_ternarylogic_epi32(a, b, _mm512_set1_epi32(mask), 0xf8); }
 
 }  // namespace
 }  // namespace wf

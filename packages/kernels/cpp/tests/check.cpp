@@ -232,7 +232,7 @@ void near(const std::vector<float>& got, const std::vector<float>& expected, flo
 // Matrices of blocks, rows beyond the last not written.
 void blocks(const wf::FloatKernels& isa) {
   for (int i = 0; i <= static_cast<int>(wf::BlockType::q4_1); ++i) {
-    for (const auto& [rows, count, tokens] : {std::array<int64_t, 3>{1, 1, 1}, {16, 2, 2}, {150, 1, 1}, {131, 2, 5}, {33, 1, 13}}) {
+    for (const auto& [rows, count, tokens] : {std::array<int64_t, 3>{1, 1, 1}, {16, 2, 2}, {150, 1, 1}, {131, 2, 5}, {33, 1, 13}, {70, 3, 47}}) {
       wf::BlockMatrix w{nullptr, rows, 0, static_cast<wf::BlockType>(i)};
       w.columns = count * w.block_columns();
       std::vector<uint8_t> raw(static_cast<size_t>(rows * wf::row_bytes(w.type, w.columns)));
@@ -241,14 +241,27 @@ void blocks(const wf::FloatKernels& isa) {
       wf::pack_blocks(w.type, raw.data(), rows, w.columns, data.get());
       w.data = data.get();
       const std::vector<float> x = normal(tokens * w.columns);
-      std::vector<float> sums(static_cast<size_t>(tokens * w.groups()));
-      std::vector<float> arranged(x.size());
-      wf::arrange(w, x.data(), tokens, arranged.data(), sums.data());
-      std::vector<float> got(static_cast<size_t>(tokens * rows)), expected = got;
-      const wf::FloatActivations activations{arranged.data(), sums.data(), tokens};
-      isa.matmul_blocks(w, activations, 0, w.panels(), got.data(), rows);
-      wf::kScalarFloats.matmul_blocks(w, activations, 0, w.panels(), expected.data(), rows);
-      near(got, expected, 2e-6F, "blocks of type " + std::to_string(i));
+      std::vector<float> got(static_cast<size_t>(tokens * rows)), expected = got, alone = got;
+      const auto multiply = [&](const wf::FloatKernels& kernels, int64_t first, int64_t count, float* y) {
+        const auto bytes = static_cast<size_t>(kernels.arranged_bytes(w, count));
+        const std::unique_ptr<uint8_t, Free> arranged(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+        kernels.arrange(w, x.data() + first * w.columns, count, arranged.get());
+        kernels.matmul_blocks(w, {arranged.get(), count}, 0, w.panels(), y, rows);
+      };
+      multiply(isa, 0, tokens, got.data());
+      multiply(wf::kScalarFloats, 0, tokens, expected.data());
+      for (int64_t row = 0; row < rows; ++row) {
+        std::vector<float> weights(static_cast<size_t>(w.columns));
+        wf::unpack_row(w, row, weights.data());
+        for (int64_t t = 0; t < tokens; ++t) {
+          double squares = 0.0;  // of the terms: what a sum may happen to cancel
+          for (int64_t c = 0; c < w.columns; ++c) squares += std::pow(static_cast<double>(weights[c]) * static_cast<double>(x[t * w.columns + c]), 2);
+          const double difference = std::fabs(got[t * rows + row] - expected[t * rows + row]);
+          if (!(difference <= 2e-6 * std::sqrt(squares))) fail("blocks of type " + std::to_string(i) + " at row " + std::to_string(row));
+        }
+      }
+      for (int64_t t = 0; t < tokens; ++t) multiply(isa, t, 1, alone.data() + t * rows);
+      if (alone != got) fail("blocks of one token, of type " + std::to_string(i));
     }
   }
 }
