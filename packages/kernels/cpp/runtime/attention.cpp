@@ -56,6 +56,14 @@ class AttentionJob final : public Job {
   float* out_;
 };
 
+// Asks for the first keys that a head is going to read, of which hardware learns only when it sees the second or third.
+void prefetch_keys(const KvCache& cache, int64_t head, const Attended& token) {
+  constexpr int64_t kMostBytes = 8 << 10;
+  const int64_t bytes = cache.head_dim * bytes_of(cache.type);
+  const auto* keys = static_cast<const std::byte*>(cache.keys) + cache.row(head, token.first) * bytes;
+  for (int64_t line = 0; line < std::min((token.end - token.first) * bytes, kMostBytes); line += 64) __builtin_prefetch(keys + line);
+}
+
 }  // namespace
 
 void attend(const FloatKernels& kernels, const std::shared_ptr<const Cache>& cache, int64_t layer, std::vector<Attended> tokens, int64_t heads,
@@ -68,9 +76,15 @@ void attend(const FloatKernels& kernels, const std::shared_ptr<const Cache>& cac
     return;
   }
   const int64_t group = heads / shape.heads, size = group * shape.head_width;
-  for (const Attended& token : tokens) {
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const Attended& token = tokens[i];
     const KvCache view = cache->view(token.slot, layer);
     for (int64_t kv = 0; kv < shape.heads; ++kv, queries += size, out += size) {
+      if (kv + 1 < shape.heads) {
+        prefetch_keys(view, kv + 1, token);
+      } else if (i + 1 < tokens.size() && tokens[i + 1].slot != token.slot) {
+        prefetch_keys(cache->view(tokens[i + 1].slot, layer), 0, tokens[i + 1]);
+      }
       kernels.attention(view, kv, queries, group, token.first, token.end, scale, out);
     }
   }

@@ -22,12 +22,13 @@ struct Decoder::Row {
 
 // Memory of a chunk of rows. Every buffer is [rows, ...].
 struct Decoder::Scratch {
-  std::vector<float> x, normed, query, key, value, attended, gate, up, projected, prepared, turns;
+  int64_t rows;
+  std::vector<float> x, normed, query, key, value, attended, gate, up, projected, prepared, turns, results;
 
-  Scratch(const Model& m, int64_t rows) {
+  Scratch(const Model& m, int64_t rows_) : rows(rows_) {
     const int64_t inner = m.heads * m.head_width, kv = m.kv_heads * m.head_width, widest = std::max({m.width, inner, m.ffn});
     const auto size = [&](std::vector<float>& buffer, int64_t width) { buffer.resize(static_cast<size_t>(rows * width)); };
-    for (auto* buffer : {&x, &normed, &projected}) size(*buffer, m.width);
+    for (auto* buffer : {&x, &normed, &projected, &results}) size(*buffer, m.width);
     for (auto* buffer : {&query, &attended}) size(*buffer, inner);
     for (auto* buffer : {&key, &value}) size(*buffer, kv);
     for (auto* buffer : {&gate, &up}) size(*buffer, m.ffn);
@@ -37,6 +38,8 @@ struct Decoder::Scratch {
 };
 
 namespace {
+
+constexpr int64_t kKeptRows = 32;  // whose memory is kept between steps: a few megabytes
 
 Error out_of(const char* what, int64_t value, const char* why) {
   return {Kind::argument, std::string(what) + " is " + std::to_string(value) + ": " + why};
@@ -48,12 +51,11 @@ Error not_finite(const char* what) {
   return {Kind::number, std::string(what) + " is not finite: the file's numbers are damaged or too large"};
 }
 
-// By exponents, which are all ones in what is not finite: a loop that compilers put into vectors.
+// By exponents: in what is not finite they are all ones, and one more carries into the sign. Compilers make vectors of this loop.
 bool finite(const float* x, int64_t count) {
-  constexpr uint32_t kExponent = 0x7f800000U;
-  bool all = true;
-  for (int64_t i = 0; i < count; ++i) all &= (std::bit_cast<uint32_t>(x[i]) & kExponent) != kExponent;
-  return all;
+  uint32_t carries = 0;
+  for (int64_t i = 0; i < count; ++i) carries |= (std::bit_cast<uint32_t>(x[i]) & 0x7fffffffU) + 0x00800000U;
+  return carries >> 31 == 0;
 }
 
 void norm_rows(const FloatKernels& kernels, const Norm& norm, const float* x, int64_t rows, int64_t width, float* out) {
@@ -73,7 +75,16 @@ Decoder::Decoder(std::shared_ptr<const Model> model, const DecoderOptions& optio
       floats_(float_kernels(kernels_.isa)),
       cache_(std::make_shared<Cache>(options.cache, CacheShape{options.slots, static_cast<int64_t>(model_->layers.size()), model_->kv_heads, context,
                                                               model_->head_width})),
-      lengths_(static_cast<size_t>(options.slots)) {}
+      lengths_(static_cast<size_t>(options.slots)),
+      local_rope_(std::any_of(model_->layers.begin(), model_->layers.end(), [](const Layer& layer) { return layer.local_rope; })) {}
+
+Decoder::~Decoder() = default;
+
+// Of few rows it is kept for the next step.
+Decoder::Scratch& Decoder::scratch(int64_t rows) {
+  if (scratch_ == nullptr || scratch_->rows < rows) scratch_ = std::make_unique<Scratch>(*model_, rows);
+  return *scratch_;
+}
 
 Result<std::unique_ptr<Decoder>> Decoder::create(std::shared_ptr<const Model> model, const DecoderOptions& options) {
   if (options.slots < 1 || options.slots > 4096) return out_of("the number of slots", options.slots, "it must be from 1 to 4096");
@@ -134,8 +145,14 @@ Result<Stats> Decoder::step(std::span<const Sequence> sequences, Rows wanted, fl
   ends.push_back(rows.size());
 
   const int64_t width = model_->width, most = std::min<int64_t>(kMostRows, static_cast<int64_t>(rows.size()));
-  Scratch s(*model_, most);
-  std::vector<float> heads(static_cast<size_t>(wanted == Rows::none ? 0 : most * width));
+  const struct Kept {
+    std::unique_ptr<Scratch>& scratch;
+    ~Kept() {
+      if (scratch != nullptr && scratch->rows > kKeptRows) scratch.reset();
+    }
+  } kept{scratch_};
+  Scratch& s = scratch(most);
+  float* const heads = s.results.data();  // what the head reads
   first = 0;
   for (const size_t end : ends) {
     if (end == first) continue;
@@ -143,16 +160,16 @@ Result<Stats> Decoder::step(std::span<const Sequence> sequences, Rows wanted, fl
     int64_t found = 0;
     for (size_t row = first; row < end; ++row) {
       if (!results[row]) continue;
-      norm_rows(floats_, model_->output_norm, s.x.data() + static_cast<int64_t>(row - first) * width, 1, width, heads.data() + found++ * width);
+      norm_rows(floats_, model_->output_norm, s.x.data() + static_cast<int64_t>(row - first) * width, 1, width, heads + found++ * width);
     }
-    if (!finite(heads.data(), found * width)) return not_finite("what the head reads");
+    if (!finite(heads, found * width)) return not_finite("what the head reads");
     if (cancelled_.load(std::memory_order_relaxed)) return cancellation();
     if (logits != nullptr) {
-      multiply_head(model_, kernels_.isa, heads.data(), found, logits);
+      multiply_head(model_, kernels_.isa, heads, found, logits);
       if (!finite(logits, found * model_->vocabulary)) return not_finite("a logit");
       logits += found * model_->vocabulary;
     }
-    if (hidden != nullptr) hidden = std::copy_n(heads.data(), found * width, hidden);
+    if (hidden != nullptr) hidden = std::copy_n(heads, found * width, hidden);
     first = end;
   }
   if (cancelled_.load(std::memory_order_relaxed)) return cancellation();  // that came during the last head
@@ -174,6 +191,7 @@ std::optional<Error> Decoder::forward(std::span<const Row> rows, Scratch& s) {
     float* turns = s.turns.data() + i * 4 * pairs;
     const auto position = static_cast<float>(rows[static_cast<size_t>(i)].position);
     for (const auto* frequencies : {&m.frequencies, &m.local_frequencies}) {
+      if (frequencies == &m.local_frequencies && !local_rope_) break;
       for (int64_t j = 0; j < pairs; ++j) {
         const float angle = position * (*frequencies)[static_cast<size_t>(j)];
         turns[j] = std::cos(angle);

@@ -44,6 +44,7 @@ class Decoder {
  public:
   static constexpr int64_t kMostRows = 256;  // tokens that pass a layer together
 
+  ~Decoder();
   static Result<std::unique_ptr<Decoder>> create(std::shared_ptr<const Model> model, const DecoderOptions& options);
 
   // Appends tokens. Results, in the sequences' order: `logits` [rows, vocabulary] and, unless null, `hidden` [rows, width], what the head
@@ -68,6 +69,7 @@ class Decoder {
   struct Row;
   struct Scratch;
   Decoder(std::shared_ptr<const Model> model, const DecoderOptions& options, int64_t context);
+  Scratch& scratch(int64_t rows);
 
   std::optional<Error> check(std::span<const Sequence> sequences) const;
   std::optional<Error> forward(std::span<const Row> rows, Scratch& s);
@@ -82,6 +84,8 @@ class Decoder {
   const FloatKernels& floats_;
   std::shared_ptr<Cache> cache_;
   std::vector<int64_t> lengths_;
+  bool local_rope_;  // whether a layer has it
+  std::unique_ptr<Scratch> scratch_;
   std::atomic<bool> cancelled_{false};
   Stats stats_;
 };
