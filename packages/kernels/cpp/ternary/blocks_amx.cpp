@@ -1,59 +1,10 @@
 // Products of digits (blocks_digits.h) in tiles: for each group of columns three, of up to 16 tokens and 16 rows. Q6_K's groups, of 16 columns,
 // fill a quarter of a tile: they are left to AVX-512.
+#include "ternary/amx.h"
 #include "ternary/blocks_digits.h"
 
 namespace wf {
 namespace {
-
-constexpr int64_t kTileLines = 16;  // rows of a tile at most
-constexpr int64_t kTileBytes = 64;  // of a row at most
-
-// The tiles' shapes. Those of sums come first: for each token 16 numbers of four bytes. From `first_x` on there are activations of so many
-// columns, a row a token, and from `first_codes` on weights, a row for four columns: the codes of 16 rows.
-struct TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-
-  TileShapes(int64_t tokens, int64_t columns, int first_x, int first_codes) {
-    for (int i = 0; i < 8; ++i) {
-      rows[i] = static_cast<uint8_t>(i < first_codes ? tokens : columns / 4);
-      row_bytes[i] = static_cast<uint16_t>(i >= first_x && i < first_codes ? columns : kTileBytes);
-    }
-  }
-};
-static_assert(sizeof(TileShapes) == 64);
-
-// Tiles in use, as long as it lives. Afterwards they cost the operating system nothing when it switches threads.
-class Tiles {
- public:
-  WF_INLINE explicit Tiles(const TileShapes& shapes) { __asm__ volatile("ldtilecfg %0" ::"m"(shapes)); }
-  WF_INLINE ~Tiles() { __asm__ volatile("tilerelease"); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-};
-
-template <int kTile>
-WF_INLINE void tile_zero() {
-  __asm__ volatile("tilezero %%tmm%c0" ::"i"(kTile));
-}
-
-// Rows are `stride` bytes apart.
-template <int kTile>
-WF_INLINE void tile_load(const void* rows, int64_t stride) {
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(rows), "r"(stride), "i"(kTile) : "memory");
-}
-
-template <int kTile>
-WF_INLINE void tile_store(void* rows, int64_t stride) {
-  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(rows), "r"(stride), "i"(kTile) : "memory");
-}
-
-// sums += signed x times signed codes
-template <int kSums, int kX, int kCodes>
-WF_INLINE void tile_dot() {
-  __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kX), "i"(kCodes));
-}
 
 constexpr int kTilePrefetch = 2048;
 // Tokens that three tiles have to have to be faster than `vpdpbusd`: how many they have costs tiles nothing.
