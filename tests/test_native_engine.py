@@ -470,6 +470,8 @@ def test_draws_have_the_probabilities_of_the_logits():
         (lambda e: e.step({0: [1], 1: [1] * 31}), "31 tokens do not fit"),
         (lambda e: e.step({0: [1] * 10**6}, rows="all"), "1000004 tokens do not fit"),
         (lambda e: e.step({0: [1]}, rows="first"), "rows must be none, last or all"),
+        (lambda e: e.step({0: [1]}, rows=np.eye(9)), "rows must be none, last or all, not array"),
+        (lambda e: e.generate([1], 1, top_p=10**400), "top_p must be"),
         (lambda e: e.truncate(0, 5), "the slot holds 4 tokens"),
         (lambda e: e.truncate(0, -1), "the slot holds 4 tokens"),
         (lambda e: e.copy(0, 1, 5), "the slot holds 4 tokens"),
@@ -507,6 +509,30 @@ def test_a_mistake_is_one_sentence_and_changes_nothing(plain, call, says):
     assert "\n" not in str(raised.value)
     assert (engine.length(0), engine.length(1)) == (4, 0)
     assert np.array_equal(engine.step({0: [5]}), Engine(plain).logits([1, 2, 3, 4, 5])[4:])
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda e: e.step([[1]]), "sequences: a mapping of slots to tokens is wanted, not list"),
+        (lambda e: e.step({0: 1}), "tokens: a sequence is wanted, not int"),
+        (lambda e: e.step({0: memoryview(np.ones(1, np.float16))}), "tokens: a sequence is wanted, not memoryview"),
+        (lambda e: e.step({0: [np.eye(9)]}), "a token: a whole number is wanted, not array"),
+        (lambda e: e.step({0: [1]}, bidirectional="no"), "bidirectional: True or False is wanted, not 'no'"),
+        (lambda e: e.generate(None, 1), "prompt: a sequence is wanted"),
+        (lambda e: e.generate([1], 1, stop=3), "stop: a sequence is wanted"),
+        (lambda e: e.generate([1], 1, temperature="1"), "temperature: a number is wanted, not '1'"),
+        (lambda e: e.generate_many(3, 1), "prompts: a sequence is wanted"),
+    ],
+)
+def test_what_is_of_another_type_is_named_and_changes_nothing(plain, call, says):
+    engine = Engine(plain, slots=2, context=30)
+    engine.step({0: [1, 2]})
+    with pytest.raises(TypeError) as caught:
+        call(engine)
+    assert str(caught.value).startswith(says)
+    assert "\n" not in str(caught.value)
+    assert (engine.length(0), engine.length(1)) == (2, 0)
 
 
 @pytest.mark.parametrize("wrong", [1.9, 1.0, "1", None, np.float32(1), [1]], ids=repr)

@@ -293,7 +293,7 @@ def test_a_file_may_have_any_name(trained, tmp_path, capfd):
     [
         ("WF_THREADS", "abc", "WF_THREADS: from 1 to 64 threads are possible, not 'abc'", "model.gguf"),
         pytest.param("WF_THREADS", "0", "WF_THREADS: from 1 to 64 threads", "packed", marks=pytest.mark.slow),
-        pytest.param("WF_ISA", "f\no", r"WF_ISA: isa 'f\no' is not available here", "model.gguf", marks=pytest.mark.slow),
+        pytest.param("WF_ISA", "f\no", "WF_ISA: isa 'f o' is not available here", "model.gguf", marks=pytest.mark.slow),
         pytest.param("WF_KERNELS", "maybe", "WF_KERNELS is one of auto, on, off", "model.gguf", marks=pytest.mark.slow),
     ],
 )

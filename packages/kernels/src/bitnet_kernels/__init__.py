@@ -48,7 +48,9 @@ def use_isa(name: str) -> None:
     """
     global _isa
     if name not in available_isas():
-        raise ValueError(f"isa {name!r:.60} is not available here: choose one of {', '.join(available_isas())}")
+        raise ValueError(
+            f"isa '{' '.join(str(name).split())[:60]}' is not available here: choose one of {', '.join(available_isas())}"
+        )
     _isa = name
 
 

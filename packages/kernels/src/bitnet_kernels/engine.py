@@ -5,6 +5,8 @@ architectures `bitnet`, `bitnet-25`, `bitnet-b1.58`, `llama`, `qwen2`, `qwen3` a
 `wrinklefree`.
 """
 
+import math
+import numbers
 import operator
 import os
 from collections import deque
@@ -32,10 +34,37 @@ def _whole(name: str, value: object, most: int = 2**63 - 1) -> int:
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"{name}: a whole number is wanted, not {value!r:.60}") from None
+        raise TypeError(f"{name}: a whole number is wanted, not {_shown(value)}") from None
     if number > most or number < -(2**63):
         raise ValueError(f"{name} is {number}: it must be below 2^{most.bit_length()} and not below -2^63")
     return number
+
+
+def _shown(value: object) -> str:
+    """Return what a message shows of a value: the beginning, in one line."""
+    return " ".join(repr(value).split())[:60]
+
+
+def _list(name: str, values: Any) -> list[Any]:
+    try:
+        return list(values)
+    except (TypeError, NotImplementedError):  # the latter of a memoryview's rarer formats
+        raise TypeError(f"{name}: a sequence is wanted, not {type(values).__name__}") from None
+
+
+def _real(name: str, value: object) -> float:
+    """Return a number as a float, an infinity where it is beyond."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: a number is wanted, not {_shown(value)}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _one_of(name: str, value: object, words: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in words:
+        raise ValueError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, not {_shown(value)}")
 
 
 class Tokenizer(Protocol):
@@ -112,8 +141,7 @@ class Engine:
         name = os.fsencode(path)
         if b"\0" in name:
             raise ValueError(f"{os.fspath(path)!r} cannot be read (a path holds no NUL)")
-        if cache not in _CACHES:
-            raise ValueError(f"cache must be f32, f16 or int8, not {cache!r}")
+        _one_of("cache", cache, _CACHES)
         slots, context = _whole("slots", slots), None if context is None else _whole("context", context)
         if slots < 1 or (context is not None and context < 1):
             raise ValueError(f"slots and context must be at least 1, not {slots} and {context}")
@@ -168,13 +196,16 @@ class Engine:
         return self._step(sequences, rows, bidirectional, _HIDDEN)
 
     def _step(self, sequences: Mapping[int, Sequence[int]], rows: Rows, bidirectional: bool, output: int) -> NDArray[np.float32]:
-        if rows not in _ROWS:
-            raise ValueError(f"rows must be none, last or all, not {rows!r}")
+        _one_of("rows", rows, _ROWS)
+        if not isinstance(bidirectional, bool | np.bool_):
+            raise TypeError(f"bidirectional: True or False is wanted, not {_shown(bidirectional)}")
+        if not isinstance(sequences, Mapping):
+            raise TypeError(f"sequences: a mapping of slots to tokens is wanted, not {type(sequences).__name__}")
         given = [self._checked(slot, tokens) for slot, tokens in sequences.items()]
         held = [self._known(slot) for slot, _ in given]
         for (_, tokens), before in zip(given, held, strict=True):
             self._check_room(len(before) + len(tokens))  # before there is memory for results, which may be more than there is
-        results: NDArray[np.float32] = self._engine.step(given, _ROWS.index(rows), bidirectional, output)
+        results: NDArray[np.float32] = self._engine.step(given, _ROWS.index(rows), bool(bidirectional), output)
         for (slot, tokens), before in zip(given, held, strict=True):
             self._owners.pop(slot, None)
             before += [_BLOCK] * len(tokens) if bidirectional else tokens
@@ -194,7 +225,7 @@ class Engine:
         return held
 
     def _checked(self, slot: int, tokens: Sequence[int]) -> tuple[int, list[int]]:
-        slot, tokens = _whole("slot", slot), [_whole("a token", token) for token in tokens]
+        slot, tokens = _whole("slot", slot), [_whole("a token", token) for token in _list("tokens", tokens)]
         if not 0 <= slot < self.slots:
             raise ValueError(f"slot is {slot}: the engine has 0 to {self.slots - 1}")
         for token in tokens:
@@ -317,10 +348,10 @@ class Engine:
             ValueError: as `generate`.
         """
         max_tokens, seed = _whole("max_tokens", max_tokens), _whole("seed", seed, 2**64 - 1)
-        tokens = [self._prompt(prompt, max_tokens) for prompt in prompts]
+        tokens = [self._prompt(prompt, max_tokens) for prompt in _list("prompts", prompts)]
         options = _Options(temperature, top_k, top_p, seed, stop)
-        if seed + len(prompts) > 2**64:
-            raise ValueError(f"seed is {seed}: with {len(prompts)} prompts it must be at most {2**64 - len(prompts)}")
+        if seed + len(tokens) > 2**64:
+            raise ValueError(f"seed is {seed}: with {len(tokens)} prompts it must be at most {2**64 - len(tokens)}")
         return self._continue(tokens, max_tokens, options, list(range(self.slots)))
 
     def complete(self, prompt: str | Sequence[int], max_tokens: int, **options: Any) -> str:
@@ -340,7 +371,7 @@ class Engine:
         """Return a prompt's tokens, if so many can follow them."""
         if self.mask_token is not None:
             raise ValueError("the file holds a diffusion model, which does not write from left to right: decode it in blocks")
-        tokens = list(self._tokenizer().encode(prompt) if isinstance(prompt, str) else prompt)
+        tokens = _list("prompt", self._tokenizer().encode(prompt) if isinstance(prompt, str) else prompt)
         if not tokens or max_tokens < 1:
             raise ValueError(f"a prompt and max_tokens of at least 1 are needed, not {len(tokens)} and {max_tokens}")
         if len(tokens) + max_tokens - 1 > self.context:
@@ -429,7 +460,8 @@ class _Options:
         top_k, seed = _whole("top_k", top_k), _whole("seed", seed, 2**64 - 1)
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}: it must be from 0 to 2^64 - 1")
-        self._sampler, self._seed, self.stop = (temperature, top_k, top_p), seed, frozenset(_whole("stop", token) for token in stop)
+        self._sampler, self._seed = (_real("temperature", temperature), top_k, _real("top_p", top_p)), seed
+        self.stop = frozenset(_whole("stop", token) for token in _list("stop", stop))
         self.draw(np.zeros(1, np.float32), 0, 0)
 
     def draw(self, logits: NDArray[np.float32], text: int, index: int) -> int:

@@ -3,8 +3,14 @@
 Anything else is a finding: another exception, or a crash, after which the last line of the log says what was called.
 """
 
+import atexit
 import ctypes
+import functools
+import os
 import random
+import re
+import struct
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import bitnet_kernels
-from bitnet_kernels import BLOCK_TYPES, BlockMatrix, TernaryMatrix
+from bitnet_kernels import BLOCK_TYPES, BlockMatrix, Engine, TernaryMatrix
 from bitnet_kernels.formats import TYPES
 from bitnet_kernels.low_rank import LowRank
 from bitnet_kernels.ops import KV_TYPES, KvCache, rms_norm, rope
@@ -52,6 +58,14 @@ NAMES = (
     "weight",
 )
 """Arguments that a message may begin with; `rows` is what `to_hf` says of the matrix itself."""
+
+_SAYS = re.compile(
+    r"(slots?|source|to|length|max_tokens|top_k|top_p|temperature|seed|stop|context|cache|rows|bidirectional|sequences|tokens|prompts?)\b"
+    r"|a token(:| is )|the (length|slot|context|temperature|number of slots|block's size) |a sequence has no tokens"
+    r"|\d+ tokens do not fit"
+    r"|a prompt (of|and) |the engine has no tokenizer|expected str, bytes or os.PathLike|.* cannot be read \("
+)
+"""How a message about an engine's arguments begins."""
 
 DTYPES = (
     "int8",
@@ -269,6 +283,118 @@ def _settings(rng: random.Random) -> object:
     return None
 
 
+_TENSORS = {
+    "output_norm": (32,),
+    "blk.0.attn_norm": (32,),
+    "blk.0.attn_q": (32, 32),
+    "blk.0.attn_k": (16, 32),
+    "blk.0.attn_v": (16, 32),
+    "blk.0.attn_output": (32, 32),
+    "blk.0.ffn_norm": (32,),
+    "blk.0.ffn_gate": (48, 32),
+    "blk.0.ffn_up": (48, 32),
+    "blk.0.ffn_down": (32, 48),
+}
+
+
+def tiny_gguf(vocabulary: int = 19, context: int = 24) -> bytes:
+    """Return a GGUF file of a `llama` with one block, whose tensors are float32 and whose matrices are ternary."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    def whole(key: str, value: int) -> bytes:
+        return text(f"llama.{key}") + struct.pack("<II", 4, value)
+
+    def real(key: str, value: float) -> bytes:
+        return text(f"llama.{key}") + struct.pack("<If", 6, value)
+
+    numbers = np.random.default_rng(0)
+    keys = [text("general.architecture") + struct.pack("<I", 8) + text("llama")]
+    keys += [
+        whole("block_count", 1),
+        whole("context_length", context),
+        whole("embedding_length", 32),
+        whole("feed_forward_length", 48),
+    ]
+    keys += [whole("attention.head_count", 2), whole("attention.head_count_kv", 1), whole("rope.dimension_count", 16)]
+    keys += [real("attention.layer_norm_rms_epsilon", 1e-5), real("rope.freq_base", 1e4)]
+    header, data = b"", b""
+    tensors = {"token_embd": (vocabulary, 32), **_TENSORS}
+    for name, shape in tensors.items():
+        header += text(f"{name}.weight") + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), 0, len(data))
+        data += numbers.integers(-1 if len(shape) > 1 else 1, 2, shape).astype("<f4").tobytes()
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys)) + b"".join(keys) + header
+    return head + bytes(-len(head) % 32) + data
+
+
+@functools.cache
+def _file() -> str:
+    handle, path = tempfile.mkstemp(suffix=".gguf")
+    os.close(handle)
+    Path(path).write_bytes(tiny_gguf())
+    atexit.register(os.unlink, path)
+    return path
+
+
+def _tokens(rng: random.Random) -> Any:
+    good = [rng.randrange(19) for _ in range(rng.randrange(1, 7))]
+    return rng.choice(
+        (good, good, good, tuple(good), np.array(good), [*good, rng.choice((19, -1, any_object(rng)))], any_object(rng))
+    )
+
+
+def _option(rng: random.Random, *good: Any) -> Any:
+    return rng.choice(good) if rng.random() < 0.9 else rng.choice((any_object(rng), any_integer(rng), any_array(rng)))
+
+
+def _engine(rng: random.Random) -> object:
+    path = _option(rng, *[_file()] * 20, os.fsencode(_file()), Path(_file()))
+    engine = Engine(path, slots=_option(rng, 1, 2, 3), context=_option(rng, None, 24, 12), cache=_option(rng, "f32", "f16", "int8"))
+    for _ in range(rng.randrange(12)):
+        try:
+            _use(rng, engine)
+        except (TypeError, ValueError) as error:
+            if not _SAYS.match(str(error)) or "\n" in str(error):
+                raise
+        found = [engine.length(slot) for slot in range(engine.slots)]
+        assert found == [len(held) for held in engine._held], "what is known of a slot is as long as the slot"
+    return None
+
+
+def _use(rng: random.Random, engine: Engine) -> None:
+    slot = _option(rng, *range(engine.slots), engine.slots)
+    match rng.randrange(6):
+        case 0:
+            engine.truncate(slot, _option(rng, 0, 1, 3))
+        case 1:
+            engine.copy(slot, _option(rng, 0, 1), _option(rng, 0, 1, 3))
+        case 2:
+            engine.prefill(_tokens(rng), slot=slot)
+        case 3:
+            sampling = {"temperature": _option(rng, 0.0, 0.7, 1), "top_k": _option(rng, 0, 3), "top_p": _option(rng, 1.0, 0.5)}
+            more: dict[str, Any] = {"seed": _option(rng, 0, 2**64 - 1), "stop": _option(rng, (), [3], {1})}
+            if rng.random() < 0.5:
+                list(engine.generate(_tokens(rng), _option(rng, 1, 3), slot=slot, **sampling, **more))
+            else:
+                list(engine.generate_many(_option(rng, [_tokens(rng), _tokens(rng)], []), _option(rng, 1, 3), **sampling, **more))
+        case _:
+            name = rng.choice(("step", "log_probabilities", "hidden_states"))
+            sequences = _option(rng, {slot: _tokens(rng)}) if _hashable(slot) else any_object(rng)
+            rows, bidirectional = _option(rng, "none", "last", "all"), _option(rng, False, True)
+            results = getattr(engine, name)(sequences, rows=rows, bidirectional=bidirectional)
+            assert results.ndim == 2
+            assert np.isfinite(results).all()
+
+
+def _hashable(value: object) -> bool:
+    try:
+        hash(value)
+    except (TypeError, ValueError):  # the latter of a memoryview
+        return False
+    return True
+
+
 CALLS: dict[str, Callable[[random.Random], object]] = {
     "construct": _construct,
     "from_hf": _from_hf,
@@ -281,6 +407,7 @@ CALLS: dict[str, Callable[[random.Random], object]] = {
     "rope": _rope,
     "attention": _attention,
     "low_rank": _low_rank,
+    "engine": _engine,
     "settings": _settings,
 }
 
@@ -294,7 +421,13 @@ def try_once(name: str, seed: int) -> str:
     """
     try:
         CALLS[name](random.Random(seed))
+    except MemoryError:
+        if name != "engine":
+            raise
+        return "no memory"  # for a list of what only seems to be an array of 2^45 rows
     except (TypeError, ValueError) as error:
+        if name == "engine" and _SAYS.match(str(error)) and "\n" not in str(error):
+            return "refused"
         named = str(error).partition(":")[0].partition(" '")[0]
         if named not in NAMES:
             raise AssertionError(f"{name} {seed}: no argument is named by {type(error).__name__}: {error}") from error
