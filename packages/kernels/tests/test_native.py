@@ -1,4 +1,4 @@
-"""The C++ comparison of every instruction set with the scalar one, built natively with sanitizers and for 64-bit Arm under qemu."""
+"""The C++ comparison of every instruction set with the scalar one, and the decoder: with sanitizers, and for Arm under qemu."""
 
 import os
 import platform
@@ -7,7 +7,10 @@ import subprocess
 from pathlib import Path
 
 import bitnet_kernels
+import numpy as np
 import pytest
+from bitnet_kernels import Engine
+from bitnet_kernels.fuzz import tiny_gguf
 
 pytestmark = pytest.mark.slow
 
@@ -30,11 +33,11 @@ def run(*command, **options):
     return done.stdout
 
 
-def build(directory, *options):
+def build(directory, *options, target="ternary_check"):
     need("cmake", "make")
     run("cmake", "-G", "Unix Makefiles", "-S", SOURCES, "-B", directory, *options)
-    run("cmake", "--build", directory, "--target", "ternary_check", "--parallel", "2")
-    return directory / "ternary_check"
+    run("cmake", "--build", directory, "--target", target, "--parallel", "2")
+    return directory / target
 
 
 def test_no_kernel_reads_or_writes_beyond_its_arrays(tmp_path):
@@ -69,6 +72,33 @@ def native(tmp_path_factory):
 )
 def test_one_binary_serves_every_arm_processor(arm, cpu, names):
     assert run("qemu-aarch64", "-cpu", cpu, arm, names).strip() == names
+
+
+@pytest.fixture(scope="module")
+def arm_engine(tmp_path_factory):
+    """The C program that uses all of `wf_engine.h`, with its library."""
+    need("aarch64-linux-gnu-g++", "aarch64-linux-gnu-gcc", "qemu-aarch64")
+    folder = tmp_path_factory.mktemp("arm_engine")
+    build(folder, *(f"-DCMAKE_{option}" for option in (*ARM[:3], "BUILD_TYPE=Release")), target="wf_engine")
+    flags = ["-std=c11", "-O1", "-pthread", "-I", SOURCES / "cpp" / "capi", "-L", folder, "-lwf_engine", f"-Wl,-rpath,{folder}"]
+    run("aarch64-linux-gnu-gcc", SOURCES / "cpp" / "tests" / "c_api.c", "-o", folder / "c_api", *flags)
+    return folder / "c_api"
+
+
+@pytest.mark.parametrize("cpu", ["cortex-a53", "cortex-a76", "max"])
+def test_the_runtime_computes_on_arm_what_it_does_here(arm_engine, cpu, tmp_path):
+    file, tokens = tmp_path / "tiny.gguf", [5, 100, 17, 2, 3, 40]
+    file.write_bytes(tiny_gguf(vocabulary=300, context=128))
+    # Not WF_THREADS, with which the program counts its threads: qemu has one of its own.
+    environment = {**{name: value for name, value in os.environ.items() if name != "WF_THREADS"}, "OMP_NUM_THREADS": "2"}
+    program = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "-cpu", cpu, arm_engine)
+    said = run(*program, "logits", file, *map(str, tokens), env=environment)
+    found = np.array([float.fromhex(line) for line in said.split()], np.float32)
+    engine = Engine(file, slots=2)
+    expected = np.stack([engine.logits(tokens)[-1], engine.log_probabilities({1: tokens})[0]])
+    assert np.abs(found.reshape(2, 300) - expected).max() <= 1e-4 * np.abs(expected).max()
+    for what in ("errors", "cancel"):  # memory cannot be limited under qemu as it is here
+        run(*program, what, file, env=environment)
 
 
 @pytest.mark.parametrize(("cpu", "names"), [("Nehalem", "scalar"), ("Haswell", "scalar,avx2")])  # qemu has no AVX-512
