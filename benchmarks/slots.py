@@ -4,6 +4,7 @@ uv run python benchmarks/slots.py FILE.gguf --tokens 512
 """
 
 import argparse
+import itertools
 import resource
 import statistics
 import time
@@ -42,7 +43,7 @@ def main() -> None:
         engine.copy(0, slot, arguments.tokens)
         times.append(time.perf_counter() - start)
     memory.append(resident())
-    one, many, used, copied = (after - before for before, after in zip(memory, memory[1:], strict=False))
+    one, many, used, copied = (after - before for before, after in itertools.pairwise(memory))
     print(f"opened with 1 slot of {engine.context} positions: {one:.1f} MiB, with {SLOTS}: {many:.1f} MiB")
     print(f"{arguments.tokens} tokens: {used:.1f} MiB, a copy: {copied / arguments.copies:.1f} MiB")
     print(f"computed in {computed * 1e3:.0f} ms, copied in {statistics.median(times) * 1e3:.1f} ms (median)")

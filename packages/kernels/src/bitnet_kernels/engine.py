@@ -53,13 +53,13 @@ def _list(name: str, values: Any) -> list[Any]:
 
 
 def _real(name: str, value: object) -> float:
-    """Return a number as a float, an infinity where it is beyond."""
+    """Return a number as a float; an infinity, which nothing takes, where it is beyond."""
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: a number is wanted, not {_shown(value)}")
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return math.inf
 
 
 def _one_of(name: str, value: object, words: Sequence[str]) -> None:
