@@ -49,6 +49,25 @@ def test_no_kernel_reads_or_writes_beyond_its_arrays(tmp_path):
     assert run(program, names).strip() == names
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_engine_on_vector_kernels_and_threads_reads_nothing_beyond_its_arrays(sanitized, threads, tmp_path):
+    """cpp/fuzz/gguf_fuzz.cpp with the fastest instruction set: a file and damaged copies of it."""
+    (tmp_path / "seed").write_bytes(tiny_gguf() + bytes([3, 24, 1, *range(21)]))
+    (tmp_path / "wide").write_bytes(tiny_gguf(vocabulary=9000) + bytes([2, 24, 0, *[5, 3, 9, 2] * 5, 4]))  # a head for the pool
+    environment = {**os.environ, "WF_THREADS": str(threads), "WF_FUZZ_ISA": bitnet_kernels.available_isas()[-1]}
+    environment["ASAN_OPTIONS"] = "allocator_may_return_null=1"
+    assert run(sanitized, "200", tmp_path / "seed", tmp_path / "wide", env=environment) == "ok\n"
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    need("g++")
+    flags = "-DCMAKE_CXX_FLAGS=-O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+    return build(
+        tmp_path_factory.mktemp("sanitized"), "-DCMAKE_BUILD_TYPE=", "-DCMAKE_CXX_COMPILER=g++", flags, target="engine_check"
+    )
+
+
 ARM = ("SYSTEM_NAME=Linux", "SYSTEM_PROCESSOR=aarch64", "CXX_COMPILER=aarch64-linux-gnu-g++", "EXE_LINKER_FLAGS=-static")
 
 

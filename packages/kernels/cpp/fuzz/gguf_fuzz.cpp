@@ -143,7 +143,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const int file = memfd_create("fuzz", 0);
   static const std::string path = "/proc/self/fd/" + std::to_string(file);
   demand(ftruncate(file, 0) == 0 && pwrite(file, data, size, 0) == static_cast<ssize_t>(size), "the input can be written");
-  const wf_options options{choices[0] % 5, choices[1] % 12, choices[2] % 4, "scalar"};
+  static const char* isa = std::getenv("WF_FUZZ_ISA");  // the fuzzer's build has the scalar kernels alone
+  const wf_options options{choices[0] % 5, choices[1] % 12, choices[2] % 4, isa == nullptr ? "scalar" : isa};
   wf_engine* engine = nullptr;
   if (good(wf_open(path.c_str(), &options, &engine))) {
     Caller(engine, choices + 3, kTrailer - 3).run();
