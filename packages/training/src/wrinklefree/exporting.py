@@ -27,6 +27,12 @@ LOOK_SECONDS = 5.0
 """How often a process that waits looks whether the one that it waits for is still there."""
 GRACE_SECONDS = 1.0, 10.0
 """What an export that is broken off has until it is interrupted, and then to take its temporary files away."""
+RUN = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module({app!r}, run_name="__main__", alter_sys=True)
+"""
+"""`python -m`, but for a SIGINT that this process ignores, as a job in the background of a shell does, and would hand on."""
 
 
 class Exporter:
@@ -88,7 +94,7 @@ class Exporter:
         return lines[-1] if lines else ""
 
     def _launch(self, arguments: list[str]) -> None:
-        command = [sys.executable, "-m", APP, *arguments]
+        command = [sys.executable, "-c", RUN.format(app=APP), *arguments]
         nothing = subprocess.DEVNULL
         self._process = subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=self._log)
 
