@@ -415,6 +415,8 @@ CALLS: dict[str, Callable[[random.Random], object]] = {
 def try_once(name: str, seed: int) -> str:
     """Make one call; return "done", or the argument that an exception names.
 
+    Of an engine also "refused", by a sentence, or "no memory".
+
     Raises:
         AssertionError: for an exception that names none.
         Exception: of another type is a finding, too.
