@@ -6,7 +6,7 @@ uv run python benchmarks/presets.py --presets dlm sft        # a part of it
 Start-up ends when the command names its run directory: imports, Hydra, and the checks of the configuration. "imports" is what
 `python -c "import torch, pytorch_lightning, transformers, hydra"` takes, once a round. Training ends when the export begins: it has
 the tokenizer, the teacher that is made on the spot, wandb's start, both evaluations, checkpoints and the model directory. The
-export lasts until its report lies beside the file; the plot and the sample are made meanwhile. The rest is what of these is left,
+export lasts until its report lies beside the file; the plot and the sample are made before it. The rest is what of these is left,
 the summary and the end of the processes.
 
 The data cache is filled by the first command, as it is for a user; `--cold` gives every command an empty one. "cpu" columns are

@@ -125,11 +125,12 @@ def _finish(
     teacher: Teacher | None,
     exporter: Exporter,
 ) -> dict[str, Any]:
-    say("exporting model.gguf and proving it ...")
     with exporter:
-        exporter.start(directory / "model", directory / "model.gguf")
         plot_losses(directory / "loss.png", arms)
         text = sample(ternary.model, start.tokenizer, config.sample_prompt, config.training.seed)
+        # Not beside these: both would have threads of torch on all processors, which wait for each other by spinning.
+        say("exporting model.gguf and proving it ...")
+        exporter.start(directory / "model", directory / "model.gguf")
         proof = exporter.result()
     compared = None if loss_fp is None else "trained on the same tokens" if reference else "the original, not trained further"
     summary = {
