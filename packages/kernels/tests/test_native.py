@@ -68,6 +68,37 @@ def sanitized(tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="module")
+def raced(tmp_path_factory):
+    """A folder of the fuzzer's target and of the C program that uses all of `wf_engine.h`, under ThreadSanitizer."""
+    need("g++", "gcc")
+    folder = tmp_path_factory.mktemp("raced")
+    flags = "-DCMAKE_CXX_FLAGS=-O1 -fsanitize=thread"
+    for target in ("engine_check", "wf_engine"):
+        build(folder, "-DCMAKE_BUILD_TYPE=", "-DCMAKE_CXX_COMPILER=g++", flags, target=target)
+    c_flags = ["-std=c11", "-O1", "-pthread", "-fsanitize=thread", "-I", SOURCES / "cpp" / "capi"]
+    libraries = ["-L", folder, "-lwf_engine", f"-Wl,-rpath,{folder}"]
+    run("gcc", *c_flags, SOURCES / "cpp" / "tests" / "c_api.c", "-o", folder / "c_api", *libraries)
+    return folder
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+def test_no_two_threads_of_the_engine_race(raced, threads, tmp_path):
+    """Steps on the pool's threads, and those that another thread cancels.
+
+    With the pool's `release` relaxed, two of five runs with four threads reported a race.
+    """
+    (tmp_path / "seed").write_bytes(tiny_gguf() + bytes([3, 24, 1, *range(21)]))
+    (tmp_path / "wide").write_bytes(tiny_gguf(vocabulary=9000) + bytes([2, 24, 0, *[5, 3, 9, 2] * 5, 4]))  # a head for the pool
+    (tmp_path / "model").write_bytes(tiny_gguf(vocabulary=9000, context=128))
+    environment = {**os.environ, "WF_THREADS": str(threads), "WF_FUZZ_ISA": bitnet_kernels.available_isas()[-1]}
+    assert run(raced / "engine_check", "60", tmp_path / "seed", tmp_path / "wide", env=environment) == "ok\n"
+    # Not WF_THREADS, with which the program counts its threads: the sanitizer has one of its own.
+    environment = {**{name: value for name, value in os.environ.items() if name != "WF_THREADS"}, "OMP_NUM_THREADS": str(threads)}
+    for what in ("errors", "cancel"):
+        assert run(raced / "c_api", what, tmp_path / "model", env=environment).endswith(" checks hold\n")
+
+
 ARM = ("SYSTEM_NAME=Linux", "SYSTEM_PROCESSOR=aarch64", "CXX_COMPILER=aarch64-linux-gnu-g++", "EXE_LINKER_FLAGS=-static")
 
 
@@ -117,7 +148,7 @@ def test_the_runtime_computes_on_arm_what_it_does_here(arm_engine, cpu, tmp_path
     expected = np.stack([engine.logits(tokens)[-1], engine.log_probabilities({1: tokens})[0]])
     assert np.abs(found.reshape(2, 300) - expected).max() <= 1e-4 * np.abs(expected).max()
     for what in ("errors", "cancel"):  # memory cannot be limited under qemu as it is here
-        run(*program, what, file, env=environment)
+        assert run(*program, what, file, env=environment).endswith(" checks hold\n")
 
 
 @pytest.mark.parametrize(("cpu", "names"), [("Nehalem", "scalar"), ("Haswell", "scalar,avx2")])  # qemu has no AVX-512
