@@ -36,6 +36,7 @@ PanelProduct panel_product_of([[maybe_unused]] const Kernels& kernels) {
 // Work is counted in multiplications. A product of these is over in about 10 us, below which handing over brings nothing.
 constexpr int64_t kLeastWork = 1 << 17;
 constexpr int64_t kChunksAThread = 4;
+static_assert(kChunksAThread * kMostThreads <= Job::kMostChunks);
 constexpr int64_t kTileTokens = 4;  // that share what widening costs
 
 int64_t bytes_of(AdapterType type) { return type == AdapterType::f16 ? 2 : type == AdapterType::f32 ? 4 : 1; }
@@ -55,7 +56,7 @@ class PanelJob final : public Job {
     const int64_t wanted = std::clamp<int64_t>(outputs_ * inputs_ * tokens / kLeastWork, 1, kChunksAThread * wf::threads());
     panels_ = ceil_div(panels, std::min(panels, wanted));
     pieces_ = ceil_div(panels, panels_);
-    tile_tokens_ = ceil_div(tiles, std::min(tiles, ceil_div(wanted, pieces_))) * kTileTokens;
+    tile_tokens_ = ceil_div(tiles, std::min(tiles, wanted / pieces_)) * kTileTokens;  // no more chunks than wanted
     chunks = pieces_ * ceil_div(tokens, tile_tokens_);
   }
 
