@@ -315,6 +315,21 @@ def test_a_reader_that_stops_reading_is_no_error(trained):
     assert process.stderr.read() == b""
 
 
+def test_output_that_cannot_hold_the_text_is_one_sentence(trained):
+    """Control: the same text is shown in UTF-8, and to a device that takes it."""
+    arguments = command(str(trained / "model.gguf"), "caf\u00e9", "--max-tokens", "2", "--json")
+    ends = {}
+    for encoding, device in (("ascii", os.devnull), ("utf-8", os.devnull), ("utf-8", "/dev/full")):
+        with open(device, "w") as output:
+            environment = {**os.environ, "PYTHONIOENCODING": encoding}
+            done = subprocess.run(arguments, env=environment, stdout=output, stderr=subprocess.PIPE, text=True, check=False)
+        ends[encoding, device] = done.returncode, done.stderr
+    assert ends["utf-8", os.devnull] == (0, "")
+    for case, words in ((("ascii", os.devnull), "PYTHONIOENCODING=utf-8"), (("utf-8", "/dev/full"), "No space left on device")):
+        code, said = ends[case]
+        assert code == 2 and words in said and said.count("\n") == 1, said
+
+
 def test_ctrl_c_ends_a_generation_without_a_traceback(trained):
     arguments = (trained / "master", PROMPT, "--max-tokens", 480, "--temperature", 5)
     # As a terminal starts it: a background job of a shell, which may be running these tests, ignores Ctrl-C.

@@ -363,12 +363,11 @@ def run(arguments: argparse.Namespace) -> int:
             answer = {"model": str(model.path), "engine": engine, "prompt": prompt, **asdict(result), **asdict(used)}
             if result.forwards is None:
                 del answer["forwards"]
-            print(json.dumps(answer | {"seconds": round(seconds, 3)}, ensure_ascii=False), flush=True)
+            _print_piece(json.dumps(answer | {"seconds": round(seconds, 3)}, ensure_ascii=False) + "\n")
         else:
-            print(flush=True)
-    except BrokenPipeError:
-        # The reader (such as `head`) has enough; Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _print_piece("\n")
+    except BrokenPipeError:  # the reader (such as `head`) has enough
+        _close_output()
     return 0
 
 
@@ -419,4 +418,25 @@ def check_no_effect(given: Mapping[str, Any], model: str) -> None:
 
 
 def _print_piece(piece: str) -> None:
-    print(piece, end="", flush=True)
+    """Write to standard output at once.
+
+    Raises:
+        BrokenPipeError: when its reader has gone.
+        UserError: where it cannot hold the text.
+    """
+    try:
+        print(piece, end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"standard output cannot show {ascii(error.object[error.start])} in its encoding, {error.encoding}: set PYTHONIOENCODING=utf-8"
+        ) from None
+    except OSError as error:
+        _close_output()
+        raise UserError(f"standard output cannot be written to: {error.strerror}") from None
+
+
+def _close_output() -> None:
+    """Send what is left for standard output nowhere: Python would complain again when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
