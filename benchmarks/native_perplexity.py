@@ -91,7 +91,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--directory", type=Path, help="a master directory instead of SmolLM2-135M")
     arguments.add_argument("--steps", type=int, default=40, help="of training (40)")
-    arguments.add_argument("--windows", type=int, default=8, help="of 256 tokens (8)")
+    arguments.add_argument("--windows", type=int, default=60, help="of 256 tokens (60)")
     arguments.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     arguments.add_argument("--threads", type=int, default=1, help="torch's CPU threads (1)")
     chosen = arguments.parse_args()
