@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -320,14 +321,15 @@ def test_output_that_cannot_hold_the_text_is_one_sentence(trained):
     arguments = command(str(trained / "model.gguf"), "caf\u00e9", "--max-tokens", "2", "--json")
     ends = {}
     for encoding, device in (("ascii", os.devnull), ("utf-8", os.devnull), ("utf-8", "/dev/full")):
-        with open(device, "w") as output:
+        with Path(device).open("w") as output:
             environment = {**os.environ, "PYTHONIOENCODING": encoding}
             done = subprocess.run(arguments, env=environment, stdout=output, stderr=subprocess.PIPE, text=True, check=False)
         ends[encoding, device] = done.returncode, done.stderr
     assert ends["utf-8", os.devnull] == (0, "")
     for case, words in ((("ascii", os.devnull), "PYTHONIOENCODING=utf-8"), (("utf-8", "/dev/full"), "No space left on device")):
         code, said = ends[case]
-        assert code == 2 and words in said and said.count("\n") == 1, said
+        assert (code, said.count("\n")) == (2, 1), said
+        assert words in said
 
 
 def test_ctrl_c_ends_a_generation_without_a_traceback(trained):

@@ -429,9 +429,8 @@ def _print_piece(piece: str) -> None:
     except BrokenPipeError:
         raise
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"standard output cannot show {ascii(error.object[error.start])} in its encoding, {error.encoding}: set PYTHONIOENCODING=utf-8"
-        ) from None
+        shown = f"{error.object[error.start]!a} in its encoding, {error.encoding}"
+        raise UserError(f"standard output cannot show {shown}: set PYTHONIOENCODING=utf-8") from None
     except OSError as error:
         _close_output()
         raise UserError(f"standard output cannot be written to: {error.strerror}") from None
